@@ -1,0 +1,53 @@
+"""Every error that fla_swap raises on purpose. Each message says what was found, where, and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FlaSwapError(Exception):
+    """Base class: catch this to catch everything that fla_swap raises on purpose."""
+
+
+class CaptureError(FlaSwapError):
+    """The model could not be exported to a graph."""
+
+
+class NoAttentionFound(FlaSwapError):
+    """`inspect(strict=True)` found no attention site. The report, with the near misses, is in `.report`."""
+
+    def __init__(self, message: str, report: Any = None):
+        super().__init__(message)
+        self.report = report
+
+
+class VerificationError(FlaSwapError):
+    """The attention rebuilt from a site does not compute what the model computes."""
+
+
+class PlanError(FlaSwapError, ValueError):
+    """A plan names a layer that does not exist, a mixer that the site cannot take, or no layer at all."""
+
+
+class MixerError(FlaSwapError, ValueError):
+    """A mixer cannot take this configuration (head counts, dimensions, mask kind)."""
+
+
+class SwapError(FlaSwapError):
+    """A plan could not be installed into, or removed from, this model."""
+
+
+class CheckpointError(FlaSwapError):
+    """A saved model is truncated, inconsistent, or would overwrite another model."""
+
+
+class DataError(FlaSwapError, ValueError):
+    """Training or evaluation text is missing, empty, or too short."""
+
+
+class TrainingError(FlaSwapError):
+    """Training stopped: the loss is not finite, or the disk is full. Says which checkpoint to resume from."""
+
+
+class KernelError(FlaSwapError, ValueError):
+    """An operator got arguments of the wrong shape, dtype or device, or an implementation that cannot run here."""

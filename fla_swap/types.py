@@ -1,0 +1,219 @@
+"""The data that the stages hand to each other. Frozen, JSON-able, no torch modules inside."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+MASK_KINDS = ("causal", "window", "chunked", "prefix", "bidirectional", "unknown")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightRef:
+    """Where one projection's weight or bias lives: a parameter, the rows of it, and whether it is transposed.
+
+    `rows` are half-open ranges along the *output* dimension, concatenated in order (None: the whole parameter), so
+    a fused qkv is three refs to one parameter, also where heads are interleaved. `transposed`: stored [in, out].
+    """
+
+    name: str
+    rows: tuple[tuple[int, int], ...] | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projection:
+    """A linear map: `weight` read as [out, in], `bias` [out] or None."""
+
+    weight: WeightRef
+    bias: WeightRef | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Norm:
+    """A norm on q or k over the head dimension (or over all heads at once when `across_heads`).
+
+    `kind` "rms" or "layer"; `offset` is added to the weight before use (Gemma stores weight − 1).
+    """
+
+    kind: str
+    eps: float
+    weight: WeightRef | None = None
+    bias: WeightRef | None = None
+    offset: float = 0.0
+    across_heads: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rope:
+    """Rotary embedding of the first `2 · len(inv_freq)` channels; `style` "half" (Llama) or "interleaved" (GPT-J).
+
+    Angles are `position · inv_freq` in radians; cos and sin are multiplied by `attention_scaling`. RoFormer, 2104.09864.
+    """
+
+    inv_freq: tuple[float, ...]
+    style: str = "half"
+    attention_scaling: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mask:
+    """Which keys a query sees. `window` counts the token itself (kind "window") or is the chunk length ("chunked")."""
+
+    kind: str
+    window: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArgPath:
+    """How an argument reaches the owner module: a keyword, or a position; `item` indexes into a tuple argument."""
+
+    keyword: str | None = None
+    position: int | None = None
+    item: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallContract:
+    """How the owner module is called and what it returns, observed by hooks, never guessed from names.
+
+    `outputs`: length of the returned tuple, or None for a bare tensor; `output_index`: where the attention output
+    stands in it (the other places get None). `cos`, `sin`: rotary tables when the caller passes them.
+    `cache_index`: the layer number with which the owner updates the cache.
+    """
+
+    hidden: ArgPath
+    mask: ArgPath | None = None
+    positions: ArgPath | None = None
+    cos: ArgPath | None = None
+    sin: ArgPath | None = None
+    cache: ArgPath | None = None
+    cache_index: int | None = None
+    outputs: int | None = None
+    output_index: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSite:
+    """Everything needed to rebuild one attention layer: `o_proj(softmax(scale · q kᵀ + mask) v)`.
+
+    `fqn` is the owner module (the one that is replaced); `layer` its number among the model's sites, from 0.
+    Shapes: q_proj [heads · head_dim, hidden], k_proj [kv_heads · head_dim, hidden], v_proj [kv_heads · v_head_dim,
+    hidden], o_proj [hidden, heads · v_head_dim]. Norms act before RoPE unless `norm_after_rope`.
+    """
+
+    fqn: str
+    layer: int
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    mask: Mask
+    call: CallContract
+    rope: Rope | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    norm_after_rope: bool = False
+    softcap: float | None = None
+    sinks: WeightRef | None = None
+    alibi: tuple[float, ...] | None = None
+    dropout: float = 0.0
+    source: str = ""
+    proved: bool = False
+    max_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NearMiss:
+    """An attention core that did not become a site: `slot` is the recogniser that failed, `progress` how many passed."""
+
+    fqn: str
+    slot: str
+    reason: str
+    source: str = ""
+    progress: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionReport:
+    """What `inspect` found: proved sites in model order, near misses (furthest first), cores that belong to no site."""
+
+    model: str
+    sites: tuple[AttentionSite, ...]
+    near_misses: tuple[NearMiss, ...] = ()
+    unclaimed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def site(self, fqn: str) -> AttentionSite:
+        """The site whose owner is `fqn`; KeyError with the known names otherwise."""
+        for site in self.sites:
+            if site.fqn == fqn:
+                return site
+        raise KeyError(f"no attention site {fqn!r}; the sites are {[s.fqn for s in self.sites]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlan:
+    """One swapped layer: its site and the mixer to put there (name and options, as JSON)."""
+
+    site: AttentionSite
+    mixer: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwapPlan:
+    """Which layers are swapped for what; `kept` are the fqns that stay as they are. Saved in the model's config."""
+
+    layers: tuple[LayerPlan, ...]
+    kept: tuple[str, ...] = ()
+    version: int = 1
+
+
+def to_jsonable(value: Any) -> Any:
+    """A frozen dataclass of this module as plain dicts, lists and scalars."""
+    return dataclasses.asdict(value)
+
+
+def from_jsonable(cls: type, data: Any) -> Any:
+    """Rebuild a dataclass of this module from `to_jsonable`'s output (lists become tuples, dicts their classes)."""
+    hints = _field_types(cls)
+    unknown = set(data) - set(hints)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}")
+    return cls(**{name: _convert(hints[name], value) for name, value in data.items()})
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    import typing
+
+    return typing.get_type_hints(cls)
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    import types
+    import typing
+
+    if value is None:
+        return None
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _convert(next(a for a in args if a is not type(None)), value)
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return tuple(_convert(args[0], v) for v in value)
+        return tuple(_convert(a, v) for a, v in zip(args, value, strict=True))
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_jsonable(typing.cast(type, hint), value)
+    return value
