@@ -84,6 +84,4 @@ def chunk_table(cu_seqlens: Tensor, total: int, chunk: int) -> Tensor:
     inside = sequence < sequences
     safe = sequence.clamp(max=sequences - 1)
     local = slots - (ends - counts)[safe]
-    return torch.stack(
-        (torch.where(inside, sequence, -1), torch.where(inside, local, 0)), dim=1
-    ).to(torch.int32)
+    return torch.stack((torch.where(inside, sequence, -1), torch.where(inside, local, 0)), dim=1).to(torch.int32)

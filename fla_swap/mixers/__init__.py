@@ -1,0 +1,20 @@
+"""The token mixers: one file each, listed once in `MIXERS`. `fs.plan(report, mixer=NAME)` takes their names."""
+
+from __future__ import annotations
+
+from fla_swap.errors import MixerError
+from fla_swap.mixers.base import MixerConfig, State, TokenMixer
+from fla_swap.mixers.softmax import Softmax, SoftmaxConfig
+
+MIXERS: tuple[type[TokenMixer], ...] = (Softmax,)
+
+
+def mixer_class(name: str) -> type[TokenMixer]:
+    """The mixer called `name`; a MixerError that lists the known names otherwise."""
+    for mixer in MIXERS:
+        if mixer.name == name:
+            return mixer
+    raise MixerError(f"no mixer is called {name!r}; the mixers are {[m.name for m in MIXERS]}")
+
+
+__all__ = ["MIXERS", "MixerConfig", "Softmax", "SoftmaxConfig", "State", "TokenMixer", "mixer_class"]

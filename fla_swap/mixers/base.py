@@ -1,0 +1,263 @@
+"""What every token mixer shares: configuration, the module's contract, reading a site's weights, rotary embedding.
+
+Legend for shapes: B batch, T time, D hidden size, H query heads, HK key/value heads, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fla_swap.errors import MixerError
+from fla_swap.types import AttentionSite, Norm, Projection, Rope, WeightRef, from_jsonable
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig:
+    """Dimensions that every mixer has. Left None, they are taken from the attention site that is replaced.
+
+    `head_dim` is the width of a query/key head, `v_head_dim` of a value head. `rope` rotates q and k when not None.
+    """
+
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    v_head_dim: int | None = None
+    rope: Rope | None = None
+
+    def to_options(self) -> dict[str, Any]:
+        """Every field as plain JSON data; `from_options` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> MixerConfig:
+        """Build the config from plain JSON data; an unknown option is a MixerError that names the known ones."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise MixerError(f"{cls.__name__} has no option {unknown}; it has {sorted(known)}")
+        return from_jsonable(cls, dict(options))
+
+
+class TokenMixer(nn.Module):
+    """One token-mixing layer for training, prefill and decode.
+
+    Subclasses set `name` and `config_class`, and implement `forward`, `init_state` and `load_attention`.
+    `uses_kv_cache` marks the mixers that keep transformers' own key/value cache instead of a constant state.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[MixerConfig]]
+    mask_kinds: ClassVar[tuple[str, ...]] = ("causal", "window")
+    uses_kv_cache: ClassVar[bool] = False
+
+    def __init__(self, config: MixerConfig):
+        super().__init__()
+        missing = [n for n in ("hidden_size", "num_heads", "head_dim") if getattr(config, n) is None]
+        if missing:
+            raise MixerError(f"{type(config).__name__} needs {missing} (a swap takes them from the attention site)")
+        self.config = config
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        state: State | None = None,
+        output_state: bool = False,
+        valid: Tensor | None = None,
+        starts: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+        cos_sin: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """Mix tokens along time.
+
+        Args:
+            hidden_states: [B, T, D].
+            state: what `init_state` or an earlier call returned; updated **in place** (fixed addresses) and returned.
+            output_state: without `state`, start from zeros and return the new state (else None is returned).
+            valid: bool [B, T], False for padding: such tokens leave the state untouched (their output is arbitrary).
+            starts: bool [B, T], True where a new document starts: nothing before it is seen from there on.
+            cu_seqlens: int [N+1] document borders of a packed batch (B = 1); `starts` need not be given then.
+            positions: int [B, T] for rotary; default counts from 0 (or on from the state).
+            cos_sin: rotary tables [B or 1, T, 2·len(inv_freq)] when the surrounding model computed them already.
+        Returns:
+            y [B, T, D] and the state.
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """Zero state: named tensors whose first dimension is the batch and whose size does not depend on T."""
+        raise NotImplementedError
+
+    def load_attention(self, site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
+        """Initialise this module's parameters, in place, from the attention at `site`."""
+        raise NotImplementedError
+
+    @classmethod
+    def config_for(cls, site: AttentionSite, options: Mapping[str, Any] | MixerConfig | None = None) -> MixerConfig:
+        """The complete config that replaces `site`: the options, with what is None taken from the site.
+
+        Raises MixerError, naming the site, when this mixer cannot take its mask kind or head counts.
+        """
+        if options is None:
+            config = cls.config_class()
+        elif isinstance(options, MixerConfig):
+            if type(options) is not cls.config_class:
+                raise MixerError(f"{cls.name} takes {cls.config_class.__name__}, got {type(options).__name__}")
+            config = options
+        else:
+            config = cls.config_class.from_options(options)
+        if site.mask.kind not in cls.mask_kinds:
+            raise MixerError(
+                f"{site.fqn}: its mask is {site.mask.kind!r}, and {cls.name!r} can replace only {list(cls.mask_kinds)}"
+            )
+        if site.heads % site.kv_heads:
+            raise MixerError(f"{site.fqn}: {site.heads} query heads do not divide into {site.kv_heads} key/value heads")
+        found = {
+            "hidden_size": site.hidden_size,
+            "num_heads": site.heads,
+            "num_kv_heads": site.kv_heads,
+            "head_dim": site.head_dim,
+            "v_head_dim": site.v_head_dim,
+            "rope": site.rope,
+        }
+        filled = {n: v for n, v in found.items() if getattr(config, n) is None}
+        return cls.complete(dataclasses.replace(config, **filled), site)
+
+    @classmethod
+    def complete(cls, config: MixerConfig, site: AttentionSite) -> MixerConfig:
+        """Hook: fill in the options of a subclass that depend on the site, or refuse the combination (MixerError)."""
+        return config
+
+    @classmethod
+    def from_attention(
+        cls,
+        site: AttentionSite,
+        weights: Mapping[str, Tensor],
+        options: Mapping[str, Any] | MixerConfig | None = None,
+    ) -> TokenMixer:
+        """Build the mixer that replaces `site`, initialised from its weights, on their device and in their dtype.
+
+        Args:
+            weights: fully qualified parameter (and buffer) name → tensor, as in `model.named_parameters()`.
+        """
+        like = weights[site.q.weight.name]
+        mixer = cls(cls.config_for(site, options)).to(device=like.device, dtype=like.dtype)
+        with torch.no_grad():
+            mixer.load_attention(site, weights)
+        return mixer
+
+
+def read_ref(weights: Mapping[str, Tensor], ref: WeightRef) -> Tensor:
+    """The tensor that a reference means: transposed to [out, in], its rows selected. Shares memory where it can."""
+    tensor = weights[ref.name]
+    if ref.transposed:
+        tensor = tensor.t()
+    if ref.rows is None:
+        return tensor
+    pieces = [tensor[start:stop] for start, stop in ref.rows]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def read_projection(weights: Mapping[str, Tensor], projection: Projection) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias [out] or None of a projection."""
+    bias = None if projection.bias is None else read_ref(weights, projection.bias)
+    return read_ref(weights, projection.weight), bias
+
+
+def repeat_heads(tensor: Tensor, heads: int, repeats: int) -> Tensor:
+    """Repeat the rows of a projection or bias head by head: [heads·d, …] → [heads·repeats·d, …].
+
+    Head h of the result is head h // repeats of the input (repeating row by row would mix channels inside a head).
+    """
+    if repeats == 1:
+        return tensor
+    rows = tensor.unflatten(0, (heads, tensor.shape[0] // heads))
+    return rows.repeat_interleave(repeats, dim=0).flatten(0, 1)
+
+
+def copy_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Copy a projection into an `nn.Linear`; a bias it has and the source has not becomes zero."""
+    linear.weight.copy_(weight)
+    if linear.bias is not None:
+        if bias is None:
+            linear.bias.zero_()
+        else:
+            linear.bias.copy_(bias)
+
+
+def rope_tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, T, 2·len(inv_freq)] of integer positions [B, T], each frequency standing twice.
+
+    Style "half" repeats the block of frequencies, "interleaved" repeats each frequency in place.
+    """
+    inv_freq = torch.tensor(rope.inv_freq, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * inv_freq
+    angles = torch.cat((angles, angles), -1) if rope.style == "half" else angles.repeat_interleave(2, -1)
+    scaling = rope.attention_scaling
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, style: str = "half") -> Tensor:
+    """Rotate the first cos.shape[-1] channels of x [B, T, H, K]; cos, sin [B or 1, T, R] as from `rope_tables`."""
+    width = cos.shape[-1]
+    cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
+    part = x[..., :width]
+    if style == "half":
+        first, second = part.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    else:
+        turned = torch.stack((-part[..., 1::2], part[..., ::2]), dim=-1).flatten(-2)
+    rotated = part * cos + turned * sin
+    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
+
+
+def positions_like(hidden_states: Tensor, offset: Tensor | int = 0) -> Tensor:
+    """Positions offset, offset + 1, … as int64 [1 or B, T]; `offset` may be a tensor [B]."""
+    steps = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+    return steps + (offset[:, None] if isinstance(offset, Tensor) else offset)
+
+
+class HeadNorm(nn.Module):
+    """The norm that a site applies to q or k, rebuilt from its facts (RMS or layer norm, Gemma's weight offset).
+
+    Acts on [B, T, H, K] over the last dimension, or over all heads together when `across_heads`.
+    """
+
+    def __init__(self, norm: Norm, heads: int, head_dim: int):
+        super().__init__()
+        self.norm, self.heads = norm, heads
+        size = heads * head_dim if norm.across_heads else head_dim
+        self.weight = nn.Parameter(torch.ones(size)) if norm.weight is not None else None
+        self.bias = nn.Parameter(torch.zeros(size)) if norm.bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        wide = x.float().flatten(-2) if self.norm.across_heads else x.float()
+        if self.norm.kind == "layer":
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.norm.eps)
+        if self.weight is not None:
+            wide = wide * (self.weight.float() + self.norm.offset)
+        if self.bias is not None:
+            wide = wide + self.bias.float()
+        return wide.reshape(shape).to(x.dtype)
+
+    def load(self, weights: Mapping[str, Tensor], heads: int | None = None) -> None:
+        """Copy the site's norm weights; `heads` when this module has more heads than the site's (GQA expansion)."""
+        for own, ref in ((self.weight, self.norm.weight), (self.bias, self.norm.bias)):
+            if own is None or ref is None:
+                continue
+            value = read_ref(weights, ref)
+            if self.norm.across_heads and heads is not None and heads != self.heads:
+                value = repeat_heads(value, heads, self.heads // heads)
+            own.copy_(value)
