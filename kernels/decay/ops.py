@@ -1,0 +1,408 @@
+"""Gated decay: `gla` and its special cases. GLA: Gated Linear Attention Transformers, 2312.06635.
+
+    S_t = diag(exp g_t) S_{t-1} diag(exp gv_t) + k_t v_tᵀ        o_t = scale · S_tᵀ q_t
+
+Legend for shapes: B batch, T time, H query and key heads, HV value heads (a multiple of H), K key width, V value
+width, N sequences (B, or the number of packed ones).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla_swap.errors import KernelError
+from fla_swap.kernels.common import check_cu_seqlens, check_shape, choose_implementation
+from fla_swap.kernels.decay.reference import gla_reference
+
+MAX_WIDTH = 256
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    gv: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention whose state decays per key channel (`g`) and per value channel (`gv`). GLA, 2312.06635.
+
+    Args:
+        q, k: [B,T,H,K], fp32, bf16 or fp16 (float64 with "torch" and "reference"); K at most 256.
+        v: [B,T,HV,V], the same dtype, HV a multiple of H; V at most 256. The state has HV heads.
+        g: [B,T,H,K] or [B,T,HV,K], natural log of the decay before each step, ≤ 0; fp32 or q's dtype. None: no decay.
+        gv: [B,T,HV,V], the same on the value side.
+        scale: factor on the output; None means K^-0.5.
+        initial_state: [N,HV,K,V], fp32; None means zero.
+        output_final_state: also return the state after the last step.
+        cu_seqlens: [N+1] int32 or int64, bounds of packed sequences (B = 1); rows after the last bound give zero.
+        implementation: "reference", "torch" or "triton"; None: Triton on a GPU, PyTorch on a CPU.
+    Returns:
+        (o, final_state): o [B,T,HV,V] in q's dtype; final_state [N,HV,K,V] in fp32, or None unless asked for.
+    Raises:
+        KernelError: a wrong shape, dtype or device, or an implementation that cannot run here.
+    """
+    chosen = choose_implementation(implementation, q.device)
+    _check(q, k, v, g, gv, initial_state, cu_seqlens)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if chosen == "reference":
+        return gla_reference(
+            q,
+            k,
+            v,
+            g,
+            gv=gv,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+    _check_triton(chosen, q)
+    heads = v.shape[2]
+    q, k = _expand_heads(q, heads), _expand_heads(k, heads)
+    g = None if g is None else _expand_heads(g, heads)
+    o, final_state = gla_fwd(q, k, v, g, gv, initial_state, cu_seqlens, scale, output_final_state, chosen)
+    return o, final_state if output_final_state else None
+
+
+def gla_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    gv: Tensor | None = None,
+    state: Tensor,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """`gla` for decoding: T from 1 to a handful, `state` [B,HV,K,V] (fp32, contiguous) updated in place.
+
+    Other arguments as for `gla`; no gradient. Returns o [B,T,HV,V] in q's dtype.
+    """
+    chosen = choose_implementation(implementation, q.device)
+    _check(q, k, v, g, gv, state, None)
+    if not state.is_contiguous():
+        raise KernelError("state must be contiguous: it is updated in place")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    heads = v.shape[2]
+    q, k = _expand_heads(q, heads), _expand_heads(k, heads)
+    g = None if g is None else _expand_heads(g, heads)
+    if chosen == "reference":
+        o, final = gla_reference(q, k, v, g, gv=gv, scale=scale, initial_state=state, output_final_state=True)
+        assert final is not None
+        state.copy_(final)
+        return o
+    _check_triton(chosen, q)
+    return gla_step_op(q, k, v, g, gv, state, scale, chosen)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal linear attention without normaliser or decay. Transformers are RNNs, 2006.16236. See `gla`."""
+    return gla(
+        q,
+        k,
+        v,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        implementation=implementation,
+    )
+
+
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One decay per value head and step, g [B,T,HV]. Mamba2 (2405.21060): q=C, k=B, v=dt·x, g=dt·A, scale=1. See `gla`."""
+    check_shape("g", g, (*v.shape[:3],))
+    wide = g.unsqueeze(-1).expand(*g.shape, q.shape[3])
+    return gla(
+        q,
+        k,
+        v,
+        wide,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        implementation=implementation,
+    )
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A fixed decay per value head: decay [HV], natural log; None means ln(1 − 2^(−5−h)). RetNet, 2307.08621. See `gla`."""
+    heads = v.shape[2]
+    if decay is None:
+        decay = retention_decay(heads, q.device)
+    check_shape("decay", decay, (heads,))
+    return simple_gla(
+        q,
+        k,
+        v,
+        decay.float().expand(*v.shape[:3]),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        implementation=implementation,
+    )
+
+
+def retention_decay(heads: int, device: torch.device | str) -> Tensor:
+    """RetNet's log decays, fp32 [heads]: ln(1 − 2^(−5−h))."""
+    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=device, dtype=torch.float32)))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    if q.ndim != 4:
+        raise KernelError(f"q must have shape (B, T, H, K), got {tuple(q.shape)}")
+    batch, time, heads, width = q.shape
+    check_shape("k", k, (batch, time, heads, width))
+    check_shape("v", v, (batch, time, None, None))
+    value_heads, value_width = v.shape[2], v.shape[3]
+    if value_heads % heads:
+        raise KernelError(f"v must have a multiple of q's {heads} heads, got {value_heads}")
+    if g is not None:
+        check_shape("g", g, (batch, time, value_heads if g.ndim > 2 and g.shape[2] == value_heads else heads, width))
+    if gv is not None:
+        check_shape("gv", gv, (batch, time, value_heads, value_width))
+    check_cu_seqlens(cu_seqlens, batch, q.device)
+    if state is not None:
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        check_shape("the state", state, (sequences, value_heads, width, value_width))
+    named = {"k": k, "v": v, "g": g, "gv": gv, "the state": state}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != q.device:
+            raise KernelError(f"{name} must be on {q.device} like q, got {tensor.device}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise KernelError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
+    if not q.dtype.is_floating_point:
+        raise KernelError(f"q, k, v must be floating point, got {q.dtype}")
+
+
+def _check_triton(chosen: str, q: Tensor) -> None:
+    if chosen == "triton" and q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise KernelError(
+            f"implementation='triton' takes fp32, bf16 or fp16, got {q.dtype}; use implementation='torch'"
+        )
+
+
+def _expand_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat each head so that `heads` heads remain in order: [B,T,H,D] → [B,T,heads,D]."""
+    if x.shape[2] == heads:
+        return x
+    batch, time, own, width = x.shape
+    return x.unsqueeze(3).expand(batch, time, own, heads // own, width).reshape(batch, time, heads, width)
+
+
+def _implementation(name: str) -> ModuleType:
+    if name == "triton":
+        from fla_swap.kernels.decay import triton_impl
+
+        return triton_impl
+    from fla_swap.kernels.decay import torch_impl
+
+    return torch_impl
+
+
+def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return sequences, v.shape[2], q.shape[3], v.shape[3]
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("fla_swap::gla_fwd", mutates_args=())
+def gla_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    output_final_state: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """The operator behind `gla` (equal head counts); the final state is empty unless asked for."""
+    module = _implementation(implementation)
+    o, final_state = module.forward(q, k, v, g, gv, initial_state, cu_seqlens, scale)
+    return o, final_state if output_final_state else final_state.new_empty(0)
+
+
+@gla_fwd.register_fake
+def _gla_fwd_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    output_final_state: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    shape = _state_shape(q, v, cu_seqlens) if output_final_state else (0,)
+    return v.new_empty(v.shape, dtype=q.dtype), q.new_empty(shape, dtype=_state_dtype(q))
+
+
+@torch.library.custom_op("fla_swap::gla_bwd", mutates_args=())
+def gla_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out_grad: Tensor,
+    final_grad: Tensor | None,
+    scale: float,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `gla_fwd` with respect to q, k, v, g, gv and the initial state (empty where the input is None)."""
+    module = _implementation(implementation)
+    dq, dk, dv, dg, dgv, dstate = module.backward(
+        q, k, v, g, gv, initial_state, cu_seqlens, out_grad, final_grad, scale
+    )
+    empty = q.new_empty(0)
+    return (
+        dq,
+        dk,
+        dv,
+        empty if dg is None else dg,
+        empty.clone() if dgv is None else dgv,
+        empty.clone() if initial_state is None else dstate.to(initial_state.dtype),
+    )
+
+
+@gla_bwd.register_fake
+def _gla_bwd_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out_grad: Tensor,
+    final_grad: Tensor | None,
+    scale: float,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(x: Tensor | None) -> Tensor:
+        return q.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return like(q), like(k), like(v), like(g), like(gv), like(initial_state)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, scale, output_final_state, implementation = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.scale, ctx.output_final_state, ctx.implementation = scale, output_final_state, implementation
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, out_grad: Tensor | None, final_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, gv, initial_state, cu_seqlens = ctx.saved_tensors
+    if out_grad is None:
+        out_grad = v.new_zeros(v.shape)
+    if not ctx.output_final_state:
+        final_grad = None
+    dq, dk, dv, dg, dgv, dstate = gla_bwd(
+        q, k, v, g, gv, initial_state, cu_seqlens, out_grad, final_grad, ctx.scale, ctx.implementation
+    )
+    return (
+        dq,
+        dk,
+        dv,
+        None if g is None else dg,
+        None if gv is None else dgv,
+        None if initial_state is None else dstate,
+        *(None,) * 4,
+    )
+
+
+gla_fwd.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op("fla_swap::gla_step", mutates_args=("state",))
+def gla_step_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    state: Tensor,
+    scale: float,
+    implementation: str,
+) -> Tensor:
+    """The operator behind `gla_step` (equal head counts)."""
+    return _implementation(implementation).step(q, k, v, g, gv, state, scale)
+
+
+@gla_step_op.register_fake
+def _gla_step_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    state: Tensor,
+    scale: float,
+    implementation: str,
+) -> Tensor:
+    return v.new_empty(v.shape, dtype=q.dtype)
