@@ -52,12 +52,15 @@ class TokenMixer(nn.Module):
 
     Subclasses set `name` and `config_class`, and implement `forward`, `init_state` and `load_attention`.
     `uses_kv_cache` marks the mixers that keep transformers' own key/value cache instead of a constant state.
+    `calibratable` marks the mixers whose start can be fitted to data before training (RECIPES, "Initialisation"): they
+    implement `head_outputs`, `set_head_scale_`, `set_half_life_`, and `set_beta_` if they have a write strength.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[MixerConfig]]
     mask_kinds: ClassVar[tuple[str, ...]] = ("causal", "window")
     uses_kv_cache: ClassVar[bool] = False
+    calibratable: ClassVar[bool] = False
 
     def __init__(self, config: MixerConfig):
         super().__init__()
@@ -101,6 +104,33 @@ class TokenMixer(nn.Module):
     def load_attention(self, site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
         """Initialise this module's parameters, in place, from the attention at `site`."""
         raise NotImplementedError
+
+    def head_outputs(
+        self,
+        hidden_states: Tensor,
+        *,
+        state: State | None = None,
+        output_state: bool = False,
+        valid: Tensor | None = None,
+        starts: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+        cos_sin: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """What goes into `o_proj`, head by head: [B, T, H, V], after norm and gate. Arguments as in `forward`."""
+        raise NotImplementedError(f"{self.name} does not show its heads' outputs")
+
+    def set_head_scale_(self, scale: Tensor) -> None:
+        """Multiply `head_outputs` by `scale`, [H] or [H, V], from now on (folded into a parameter)."""
+        raise NotImplementedError(f"{self.name} has no scale per head")
+
+    def set_half_life_(self, tokens: Tensor) -> None:
+        """Set the decay's bias so that with no input from the tokens the memory of head h halves in tokens[h] steps, [H]."""
+        raise NotImplementedError(f"{self.name} has no decay")
+
+    def set_beta_(self, beta: Tensor) -> None:
+        """Set the bias of the write strength so that with no input from the tokens it is beta[h], [H]."""
+        raise NotImplementedError(f"{self.name} has no write strength")
 
     @classmethod
     def config_for(cls, site: AttentionSite, options: Mapping[str, Any] | MixerConfig | None = None) -> MixerConfig:
