@@ -239,11 +239,12 @@ def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, output_fina
     chunks, length = torch_impl.chunk_count(total, sequences), torch_impl.CHUNK
     dtype = torch.promote_types(q.dtype, torch.float32)
     final = q.new_empty(batch if sequences is None else sequences, heads, width, value_width, dtype=dtype)
+    rows = chunks * batch * heads * length  # 2-D, so that a single chunk is not a size-1 dimension to guard on
     states, v_new = final.new_empty(0), final.new_empty(0)
     if choose_implementation(implementation, q.device) != "triton":
         states = final.new_empty(chunks + 1, batch, heads, width, value_width)
-        v_new = final.new_empty(chunks, batch, heads, length, value_width)
-    kept = (final.new_empty(chunks, batch, heads, length, length), states, v_new)
+        v_new = final.new_empty(rows, value_width)
+    kept = (final.new_empty(rows, length), states, v_new)
     if not save:
         kept = tuple(final.new_empty(0) for _ in kept)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)

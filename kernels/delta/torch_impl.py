@@ -169,7 +169,7 @@ def forward(
     scale: float,
     qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (o, final state, inverse [C,B,HV,L,L], chunk-start states [C+1,B,HV,K,V], v_new [C,B,HV,L,V])."""
+    """Return (o, final state, inverse [C·B·HV·L, L], chunk-start states [C+1,B,HV,K,V], v_new [C·B·HV·L, V])."""
     packing = None if cu_seqlens is None else make_packing(cu_seqlens, q.shape[1])
     batch, heads, width, value_width = v.shape[0], v.shape[2], q.shape[3], v.shape[3]
     x = make_chunks(q, k, v, g, beta, packing, scale, qk_l2norm)
@@ -182,8 +182,7 @@ def forward(
     states, final = _walk(torch.bmm(inverse, x.k_beta), v_new, x, begin, packing)
     scores = torch.bmm(x.q, x.k.mT).mul_(x.decay)
     o = torch.bmm(scores, v_new).baddbmm_(x.q_in, states[:-1].view(-1, width, value_width))
-    lead = (-1, batch, heads, CHUNK)
-    return join(o, packing, v), final, inverse.view(*lead, CHUNK), states, v_new.view(*lead, value_width)
+    return join(o, packing, v), final, inverse.view(-1, CHUNK), states, v_new.view(-1, value_width)
 
 
 def _inverse(lower: Tensor) -> Tensor:
@@ -240,7 +239,7 @@ def backward(
     packing = None if cu_seqlens is None else make_packing(cu_seqlens, q.shape[1])
     width, value_width = q.shape[3], v.shape[3]
     x = make_chunks(q, k, v, g, beta, packing, scale, qk_l2norm)
-    inverse, v_new = inverse.flatten(0, 2), v_new.flatten(0, 2)
+    inverse, v_new = inverse.view(-1, CHUNK, CHUNK), v_new.view(-1, CHUNK, value_width)
     starts = states[:-1].reshape(-1, width, value_width)
     do = split(d_o, packing, x.q.dtype)
     scores = torch.bmm(x.q, x.k.mT).mul_(x.decay)
