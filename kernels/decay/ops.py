@@ -142,7 +142,10 @@ def simple_gla(
     cu_seqlens: Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One decay per value head and step, g [B,T,HV]. Mamba2 (2405.21060): q=C, k=B, v=dt·x, g=dt·A, scale=1. See `gla`."""
+    """One decay per value head and step, g [B,T,HV]; other arguments as for `gla`.
+
+    Mamba2 (2405.21060): q=C, k=B, v=dt·x, g=dt·A, scale=1.
+    """
     check_shape("g", g, (*v.shape[:3],))
     wide = g.unsqueeze(-1).expand(*g.shape, q.shape[3])
     return gla(
@@ -170,7 +173,10 @@ def retention(
     cu_seqlens: Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A fixed decay per value head: decay [HV], natural log; None means ln(1 − 2^(−5−h)). RetNet, 2307.08621. See `gla`."""
+    """A fixed decay per value head; other arguments as for `gla`. RetNet, 2307.08621.
+
+    decay [HV], natural log, ≤ 0; None means ln(1 − 2^(−5−h)).
+    """
     heads = v.shape[2]
     if decay is None:
         decay = retention_decay(heads, q.device)
@@ -205,6 +211,8 @@ def _check(
     if q.ndim != 4:
         raise KernelError(f"q must have shape (B, T, H, K), got {tuple(q.shape)}")
     batch, time, heads, width = q.shape
+    if time < 1:
+        raise KernelError(f"q must have at least one step, got shape {tuple(q.shape)}")
     check_shape("k", k, (batch, time, heads, width))
     check_shape("v", v, (batch, time, None, None))
     value_heads, value_width = v.shape[2], v.shape[3]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fla_swap.kernels.common import chunk_table
 
-CHUNK = 32
+CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
