@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from fla_swap.errors import MixerError
 from fla_swap.mixers.base import MixerConfig, State, TokenMixer
+from fla_swap.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
+from fla_swap.mixers.gla import GLA, GLAConfig
 from fla_swap.mixers.softmax import Softmax, SoftmaxConfig
+from fla_swap.mixers.window import Window, WindowConfig
 
-MIXERS: tuple[type[TokenMixer], ...] = (Softmax,)
+MIXERS: tuple[type[TokenMixer], ...] = (Softmax, Window, GLA, GatedDeltaNet)
 
 
 def mixer_class(name: str) -> type[TokenMixer]:
@@ -17,4 +20,18 @@ def mixer_class(name: str) -> type[TokenMixer]:
     raise MixerError(f"no mixer is called {name!r}; the mixers are {[m.name for m in MIXERS]}")
 
 
-__all__ = ["MIXERS", "MixerConfig", "Softmax", "SoftmaxConfig", "State", "TokenMixer", "mixer_class"]
+__all__ = [
+    "GLA",
+    "MIXERS",
+    "GLAConfig",
+    "GatedDeltaNet",
+    "GatedDeltaNetConfig",
+    "MixerConfig",
+    "Softmax",
+    "SoftmaxConfig",
+    "State",
+    "TokenMixer",
+    "Window",
+    "WindowConfig",
+    "mixer_class",
+]

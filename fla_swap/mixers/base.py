@@ -125,11 +125,11 @@ class TokenMixer(nn.Module):
         raise NotImplementedError(f"{self.name} has no scale per head")
 
     def set_half_life_(self, tokens: Tensor) -> None:
-        """Set the decay's bias so that with no input from the tokens the memory of head h halves in tokens[h] steps, [H]."""
+        """Set the decay's bias so that, without input from the tokens, head h's memory halves in tokens[h] steps."""
         raise NotImplementedError(f"{self.name} has no decay")
 
     def set_beta_(self, beta: Tensor) -> None:
-        """Set the bias of the write strength so that with no input from the tokens it is beta[h], [H]."""
+        """Set the bias of the write strength so that, without input from the tokens, it is beta[h], [H]."""
         raise NotImplementedError(f"{self.name} has no write strength")
 
     @classmethod

@@ -1,0 +1,240 @@
+"""What the mixers with a matrix state per head share: convolution, positions, state, output norm, scale and gate.
+
+Legend for shapes: B batch, T time, D hidden size, H heads, HK key/value heads, K key width, V value width, N sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fla_swap.errors import MixerError
+from fla_swap.mixers.base import MixerConfig, State
+from fla_swap.mixers.heads import HeadsConfig, HeadsMixer
+from fla_swap.mixers.parts import (
+    OutputGate,
+    ShortConv,
+    Tokens,
+    activate,
+    check_activation,
+    head_rms_norm,
+    spread_half_lives,
+    token_positions,
+    wide,
+)
+from fla_swap.types import AttentionSite
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentConfig(HeadsConfig):
+    """Options of the mixers with a matrix state.
+
+    Args:
+        scale: factor on q; None: the mixer's own default.
+        expand_kv: give every query head its own copy of the site's key/value projections (grouped heads then train
+            apart); False keeps the projections grouped and repeats heads at run time.
+        use_rope: rotate q and k as the site does (HyPE keeps it in linear layers); False drops it.
+        conv_size: taps of the causal convolution on q, k and v before the heads' norms and rotation (identity at the
+            start); None: no convolution.
+        conv_activation: None or "silu" (as in the papers; not the identity, hence off on a swap).
+        qk_activation: feature map on q and k: None, "silu", "relu" or "elu".
+        output_norm: RMS norm per head before scale and gate; norm_eps: its epsilon.
+        output_gate: "sigmoid", "swish" or None; exactly 1 at the start. gate_rank: None for a full map.
+        init_half_life: tokens in which a head's memory halves at the start, one number for all heads or one per head;
+            None: spread from 64 to 1024.
+    """
+
+    scale: float | None = None
+    expand_kv: bool = True
+    use_rope: bool = True
+    conv_size: int | None = None
+    conv_activation: str | None = None
+    qk_activation: str | None = None
+    output_norm: bool = False
+    norm_eps: float = 1e-5
+    output_gate: str | None = "sigmoid"
+    gate_rank: int | None = None
+    init_half_life: tuple[float, ...] | None = None
+
+
+class RecurrentMixer(HeadsMixer):
+    """A mixer whose state is a K × V matrix per head, in fp32. Subclasses implement `recur` and their gates.
+
+    State: "recurrent" [N, H, K, V] fp32; "conv" [N, conv_size − 1, C]; "position" int64 [N] when there is RoPE. No
+    gradient flows from one call to the next through it.
+    """
+
+    config: RecurrentConfig
+    calibratable = True
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config, expand_kv=config.expand_kv)
+        check_recurrent(config, self.name)
+        if not config.use_rope:
+            self.rope = None
+        widths = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.v_head_dim)
+        self.conv = ShortConv(sum(widths), config.conv_size, config.conv_activation) if config.conv_size else None
+        self.head_scale = nn.Parameter(torch.ones(self.heads, self.v_head_dim))
+        self.gate = None
+        if config.output_gate is not None:
+            assert config.hidden_size
+            width = self.heads * self.v_head_dim
+            self.gate = OutputGate(config.hidden_size, width, config.output_gate, config.gate_rank)
+
+    @classmethod
+    def complete(cls, config: MixerConfig, site: AttentionSite) -> MixerConfig:
+        assert isinstance(config, RecurrentConfig)
+        check_recurrent(config, f"{site.fqn}: {cls.name}")
+        if not config.use_rope:
+            config = dataclasses.replace(config, rope=None)
+        return super().complete(config, site)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        state: State | None = None,
+        output_state: bool = False,
+        valid: Tensor | None = None,
+        starts: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+        cos_sin: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, State | None]:
+        tokens = Tokens(valid, starts, cu_seqlens)
+        if state is None and output_state:
+            state = self._new_state(hidden_states, cu_seqlens)
+        heads = self._mix(hidden_states, tokens, state, positions, cos_sin)
+        return self.o_proj(heads.flatten(2)), state
+
+    def head_outputs(
+        self,
+        hidden_states: Tensor,
+        *,
+        state: State | None = None,
+        output_state: bool = False,
+        valid: Tensor | None = None,
+        starts: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+        cos_sin: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        return self._mix(hidden_states, Tokens(valid, starts, cu_seqlens), state, positions, cos_sin)
+
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        wide_dtype = torch.promote_types(dtype, torch.float32)
+        shape = (batch_size, self.heads, self.head_dim, self.v_head_dim)
+        state = {"recurrent": torch.zeros(shape, device=device, dtype=wide_dtype)}
+        if self.conv is not None:
+            shape = (batch_size, self.conv.taps - 1, self.conv.weight.shape[0])
+            state["conv"] = torch.zeros(shape, device=device, dtype=dtype)
+        if self.rope is not None:
+            state["position"] = torch.zeros(batch_size, device=device, dtype=torch.int64)
+        return state
+
+    @torch.no_grad()
+    def set_head_scale_(self, scale: Tensor) -> None:
+        scale = scale if scale.ndim == 2 else scale[:, None]
+        self.head_scale.mul_(scale.to(self.head_scale))
+
+    def half_lives(self) -> Tensor:
+        """The configured half-lives in tokens, fp32 [H]."""
+        given = self.config.init_half_life
+        lives = spread_half_lives(self.heads, 64.0, 1024.0) if given is None else given
+        return torch.tensor(lives, dtype=torch.float32).expand(self.heads)
+
+    def recur(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, initial: Tensor | None, *, decode: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the recurrence on q, k [B, T, H, K] and v [B, T, H, V]; x [B, T, D] feeds the gates.
+
+        `decode`: update `initial` in place by the step operator and return no state. Otherwise the final state is
+        returned when there is an initial one.
+        """
+        raise NotImplementedError
+
+    def _mix(
+        self,
+        x: Tensor,
+        tokens: Tokens,
+        state: State | None,
+        positions: Tensor | None,
+        cos_sin: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Heads' outputs [B, T, H, V], the state updated in place."""
+        q, k, v = self.project(x)
+        if self.conv is not None:
+            line, past = self.conv(torch.cat((q, k, v), -1), tokens, None if state is None else state["conv"])
+            q, k, v = line.split((q.shape[-1], k.shape[-1], v.shape[-1]), -1)
+            if past is not None:
+                _store(state, "conv", past)
+        if self.rope is not None:
+            counted, following = token_positions(x, tokens, None if state is None else state["position"])
+            _store(state, "position", following)
+            positions = counted if positions is None else positions
+        q, k, v = self.to_heads(q, k, v, positions, cos_sin)
+        kind = self.config.qk_activation
+        q, k, v = activate(q, kind), tokens.keep(activate(k, kind)), tokens.keep(v)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        groups = self.heads // self.kv_heads
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+        training = torch.is_grad_enabled()
+        decode = state is not None and x.shape[1] == 1 and tokens.cu_seqlens is None and not training
+        initial = None if state is None else state["recurrent"]
+        if initial is not None and training:
+            initial = initial.clone()  # autograd keeps it, and the state itself changes below
+        o, final = self.recur(x, q, k, v, tokens, initial, decode=decode)
+        if final is not None:
+            _store(state, "recurrent", final)
+        return self._finish(o, x)
+
+    def _finish(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm, scale and gate, in fp32 or wider; back in o's dtype."""
+        y = head_rms_norm(o, self.config.norm_eps) if self.config.output_norm else wide(o)
+        y = y * wide(self.head_scale)
+        if self.gate is not None:
+            y = y * self.gate(x).unflatten(-1, (self.heads, self.v_head_dim))
+        return y.to(o.dtype)
+
+    def _new_state(self, x: Tensor, cu_seqlens: Tensor | None) -> State:
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return self.init_state(sequences, device=x.device, dtype=self.q_proj.weight.dtype)
+
+    def load_attention(self, site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
+        super().load_attention(site, weights)
+        self.head_scale.fill_(1)
+        if self.conv is not None:
+            self.conv.reset()
+        if self.gate is not None:
+            self.gate.reset()
+        self.reset_gates()
+
+    def reset_gates(self) -> None:
+        """Give the recurrence's gates their neutral start: independent of the token, slow decay."""
+        raise NotImplementedError
+
+
+def _store(state: State | None, name: str, value: Tensor) -> None:
+    """Write into a state at its fixed address."""
+    if state is not None:
+        state[name].copy_(value.detach())
+
+
+def check_recurrent(config: RecurrentConfig, where: str) -> None:
+    """MixerError, with `where` and the numbers, for options that do not fit."""
+    widths = (config.head_dim or 0, config.v_head_dim or config.head_dim or 0)
+    if max(widths) > MAX_HEAD_DIM:
+        raise MixerError(f"{where}: heads of {max(widths)} channels; the kernels take at most {MAX_HEAD_DIM}")
+    check_activation(config.qk_activation, where)
+    lives = config.init_half_life
+    if lives is not None and (len(lives) not in (1, config.num_heads) or min(lives) <= 0):
+        raise MixerError(
+            f"{where}: init_half_life needs 1 or {config.num_heads} positive numbers of tokens, got {list(lives)}"
+        )

@@ -1,0 +1,37 @@
+"""Every recurrence as a function: `fla_swap.ops.gla(q, k, v, g)`. Imports no Triton until a GPU tensor needs it."""
+
+from __future__ import annotations
+
+from fla_swap.kernels.decay.ops import gla, gla_step, linear_attention, retention, simple_gla
+from fla_swap.kernels.delta.ops import delta_rule, delta_rule_step, gated_delta_rule, gated_delta_rule_step
+from fla_swap.kernels.fused.ops import (
+    gated_rms_norm,
+    linear_cross_entropy,
+    linear_kl,
+    rms_norm,
+    short_conv,
+    short_conv_step,
+)
+from fla_swap.kernels.window.ops import WindowState, new_window_state, window_attention, window_attention_step
+
+__all__ = [
+    "WindowState",
+    "delta_rule",
+    "delta_rule_step",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
+    "gated_rms_norm",
+    "gla",
+    "gla_step",
+    "linear_attention",
+    "linear_cross_entropy",
+    "linear_kl",
+    "new_window_state",
+    "retention",
+    "rms_norm",
+    "short_conv",
+    "short_conv_step",
+    "simple_gla",
+    "window_attention",
+    "window_attention_step",
+]
