@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from fla_swap.errors import KernelError
-from fla_swap.kernels.common import check_cu_seqlens, check_shape, choose_implementation
+from fla_swap.kernels.common import check_shape, choose_implementation
+from fla_swap.kernels.decay.checks import check_arguments, check_triton, expand_heads
 from fla_swap.kernels.decay.reference import gla_reference
-
-MAX_WIDTH = 256
 
 
 def gla(
@@ -37,8 +36,8 @@ def gla(
     """Linear attention whose state decays per key channel (`g`) and per value channel (`gv`). GLA, 2312.06635.
 
     Args:
-        q, k: [B,T,H,K], fp32, bf16 or fp16 (float64 with "torch" and "reference"); K at most 256.
-        v: [B,T,HV,V], the same dtype, HV a multiple of H; V at most 256. The state has HV heads.
+        q, k: [B,T,H,K], fp32, bf16 or fp16 (float64 with "torch" and "reference"); K at most 256 with "triton".
+        v: [B,T,HV,V], the same dtype, HV a multiple of H. The state has HV heads.
         g: [B,T,H,K] or [B,T,HV,K], natural log of the decay before each step, ≤ 0; fp32 or q's dtype. None: no decay.
         gv: [B,T,HV,V], the same on the value side.
         scale: factor on the output; None means K^-0.5.
@@ -52,7 +51,7 @@ def gla(
         KernelError: a wrong shape, dtype or device, or an implementation that cannot run here.
     """
     chosen = choose_implementation(implementation, q.device)
-    _check(q, k, v, g, gv, initial_state, cu_seqlens)
+    check_arguments(q, k, v, g, gv, initial_state, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if chosen == "reference":
         return gla_reference(
@@ -66,10 +65,10 @@ def gla(
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
         )
-    _check_triton(chosen, q)
+    check_triton(chosen, q)
     heads = v.shape[2]
-    q, k = _expand_heads(q, heads), _expand_heads(k, heads)
-    g = None if g is None else _expand_heads(g, heads)
+    q, k = expand_heads(q, heads), expand_heads(k, heads)
+    g = None if g is None else expand_heads(g, heads)
     o, final_state = gla_fwd(q, k, v, g, gv, initial_state, cu_seqlens, scale, output_final_state, chosen)
     return o, final_state if output_final_state else None
 
@@ -90,19 +89,19 @@ def gla_step(
     Other arguments as for `gla`; no gradient. Returns o [B,T,HV,V] in q's dtype.
     """
     chosen = choose_implementation(implementation, q.device)
-    _check(q, k, v, g, gv, state, None)
+    check_arguments(q, k, v, g, gv, state, None)
     if not state.is_contiguous():
         raise KernelError("state must be contiguous: it is updated in place")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     heads = v.shape[2]
-    q, k = _expand_heads(q, heads), _expand_heads(k, heads)
-    g = None if g is None else _expand_heads(g, heads)
+    q, k = expand_heads(q, heads), expand_heads(k, heads)
+    g = None if g is None else expand_heads(g, heads)
     if chosen == "reference":
         o, final = gla_reference(q, k, v, g, gv=gv, scale=scale, initial_state=state, output_final_state=True)
         assert final is not None
         state.copy_(final)
         return o
-    _check_triton(chosen, q)
+    check_triton(chosen, q)
     return gla_step_op(q, k, v, g, gv, state, scale, chosen)
 
 
@@ -197,59 +196,6 @@ def retention(
 def retention_decay(heads: int, device: torch.device | str) -> Tensor:
     """RetNet's log decays, fp32 [heads]: ln(1 − 2^(−5−h))."""
     return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=device, dtype=torch.float32)))
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    gv: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    if q.ndim != 4:
-        raise KernelError(f"q must have shape (B, T, H, K), got {tuple(q.shape)}")
-    batch, time, heads, width = q.shape
-    if time < 1:
-        raise KernelError(f"q must have at least one step, got shape {tuple(q.shape)}")
-    check_shape("k", k, (batch, time, heads, width))
-    check_shape("v", v, (batch, time, None, None))
-    value_heads, value_width = v.shape[2], v.shape[3]
-    if value_heads % heads:
-        raise KernelError(f"v must have a multiple of q's {heads} heads, got {value_heads}")
-    if g is not None:
-        check_shape("g", g, (batch, time, value_heads if g.ndim > 2 and g.shape[2] == value_heads else heads, width))
-    if gv is not None:
-        check_shape("gv", gv, (batch, time, value_heads, value_width))
-    check_cu_seqlens(cu_seqlens, batch, q.device)
-    if state is not None:
-        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        check_shape("the state", state, (sequences, value_heads, width, value_width))
-    named = {"k": k, "v": v, "g": g, "gv": gv, "the state": state}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != q.device:
-            raise KernelError(f"{name} must be on {q.device} like q, got {tensor.device}")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise KernelError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
-    if not q.dtype.is_floating_point:
-        raise KernelError(f"q, k, v must be floating point, got {q.dtype}")
-
-
-def _check_triton(chosen: str, q: Tensor) -> None:
-    if chosen == "triton" and q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise KernelError(
-            f"implementation='triton' takes fp32, bf16 or fp16, got {q.dtype}; use implementation='torch'"
-        )
-
-
-def _expand_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeat each head so that `heads` heads remain in order: [B,T,H,D] → [B,T,heads,D]."""
-    if x.shape[2] == heads:
-        return x
-    batch, time, own, width = x.shape
-    return x.unsqueeze(3).expand(batch, time, own, heads // own, width).reshape(batch, time, heads, width)
 
 
 def _implementation(name: str) -> ModuleType:

@@ -28,7 +28,7 @@ def gla_reference(
     batch, time, _, width = q.shape
     heads, value_width = v.shape[2], v.shape[3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scale = width**-0.5 if scale is None else scale
+    factor = width**-0.5 if scale is None else scale
     group = heads // q.shape[2]
     qf, kf = (x.to(dtype).repeat_interleave(group, 2) for x in (q, k))
     vf = v.to(dtype)
@@ -48,7 +48,7 @@ def gla_reference(
             if gvf is not None:
                 state = state * gvf[:, t].exp().unsqueeze(-2)
             state = state + kf[:, t].unsqueeze(-1) * vf[:, t].unsqueeze(-2)
-            steps.append((state * qf[:, t].unsqueeze(-1)).sum(-2) * scale)
+            steps.append((state * qf[:, t].unsqueeze(-1)).sum(-2) * factor)
         outputs += steps
         finals.append(state)
     o = torch.stack(outputs, 1) if outputs else vf[:, :0]
