@@ -1,0 +1,43 @@
+"""Reading and replacing one argument of a call, by its `ArgPath`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fla_swap.types import ArgPath
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def leaves(args: Args, kwargs: Kwargs) -> list[tuple[ArgPath, Any]]:
+    """Every argument, and instead of a tuple argument every item of it, with its place."""
+    named: list[tuple[ArgPath, Any]] = [(ArgPath(position=i), v) for i, v in enumerate(args)]
+    named += [(ArgPath(keyword=k), v) for k, v in kwargs.items()]
+    found: list[tuple[ArgPath, Any]] = []
+    for path, value in named:
+        if isinstance(value, tuple | list):
+            found += [(dataclasses.replace(path, item=i), item) for i, item in enumerate(value)]
+        else:
+            found.append((path, value))
+    return found
+
+
+def get_argument(path: ArgPath, args: Args, kwargs: Kwargs) -> Any:
+    """The argument at `path`; KeyError or IndexError when the call has none there."""
+    value = kwargs[path.keyword] if path.keyword is not None else args[path.position or 0]
+    return value if path.item is None else value[path.item]
+
+
+def set_argument(path: ArgPath, value: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """The call with the argument at `path` replaced; the originals are not changed."""
+    if path.item is not None:
+        whole = dataclasses.replace(path, item=None)
+        holder = list(get_argument(whole, args, kwargs))
+        holder[path.item] = value
+        return set_argument(whole, tuple(holder), args, kwargs)
+    if path.keyword is not None:
+        return args, {**kwargs, path.keyword: value}
+    position = path.position or 0
+    return (*args[:position], value, *args[position + 1 :]), dict(kwargs)

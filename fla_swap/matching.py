@@ -1,0 +1,324 @@
+"""CapturedGraph × recognisers → attention sites, near misses, and cores that belong to no site.
+
+A match starts from a core and walks outwards: scores, the q, k and v paths, the output projection, the owner, the mask.
+Each step that holds counts as progress; the first that does not becomes the near miss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fla_swap.errors import CaptureError
+from fla_swap.patterns.base import Absent, Found, Refused
+from fla_swap.patterns.catalogue import Catalogue
+from fla_swap.patterns.graph import CapturedGraph, modules_of, op_name, shape, source_of
+from fla_swap.patterns.heads import Heads, HeadsRefused, group, trace_heads
+from fla_swap.patterns.mask import MaskRefused, alibi_slopes, classify, evaluate_mask, length_hints
+from fla_swap.patterns.norm import NormFacts
+from fla_swap.patterns.output import Boundary, check_order, find_boundary, find_output, find_owner
+from fla_swap.patterns.path import Path, walk_path
+from fla_swap.patterns.projection import Linear
+from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, NearMiss, Norm, Projection
+
+
+class _Stop(Exception):
+    """A slot of the grammar that did not hold."""
+
+    def __init__(self, slot: str, reason: str, node: fx.Node):
+        super().__init__(reason)
+        self.slot, self.reason, self.node = slot, reason, node
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchResult:
+    """Sites (not yet proved, `call` still empty), near misses (furthest first), and cores that belong to no site."""
+
+    sites: tuple[AttentionSite, ...]
+    near_misses: tuple[NearMiss, ...]
+    unclaimed: tuple[str, ...]
+
+
+def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
+    """Match the same model captured at two (or more) lengths; heads are traced on the first graph.
+
+    Raises CaptureError when the graphs do not have the same cores: the model takes another path at another length.
+    """
+    cores = [_core_nodes(g, patterns) for g in graphs]
+    if len({tuple(op_name(n) for n, _ in c) for c in cores}) != 1:
+        raise CaptureError(f"at lengths {[g.length for g in graphs]} the model runs different attention code")
+    sites: list[AttentionSite] = []
+    misses: list[NearMiss] = []
+    unclaimed: list[str] = []
+    for group_ in zip(*cores, strict=True):
+        nodes = [n for n, _ in group_]
+        if isinstance(group_[0][1], Absent):
+            unclaimed.append(_where(nodes[0]))
+            continue
+        attempt = _Attempt(graphs, nodes, patterns)
+        try:
+            sites.append(attempt.run(len(sites)))
+        except _Stop as stop:
+            misses.append(attempt.near_miss(stop))
+    sites, shared = _one_per_owner(sites)
+    misses.sort(key=lambda m: -m.progress)
+    return MatchResult(sites=tuple(sites), near_misses=(*shared, *misses), unclaimed=tuple(unclaimed))
+
+
+def mask_lengths(graph: CapturedGraph, patterns: Catalogue) -> set[int]:
+    """Integer constants of the masks: windows and chunks are among them, so a second capture must be longer."""
+    hints: set[int] = set()
+    for _, result in _core_nodes(graph, patterns):
+        if isinstance(result, Found):
+            hints |= length_hints(result.facts["mask"], graph)
+    return hints
+
+
+def _core_nodes(graph: CapturedGraph, patterns: Catalogue) -> list[tuple[fx.Node, Any]]:
+    """Every fused attention or softmax over open values, with what the core recognisers say."""
+    if "cores" in graph.known:
+        return graph.known["cores"]
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_function" or not graph.is_open(node):
+            continue
+        results = [r.match(node, graph) for r in patterns.cores]
+        result = next((r for r in results if not isinstance(r, Absent)), results[0])
+        if not isinstance(result, Absent) or "softmax" in op_name(node):
+            found.append((node, result))
+    graph.known["cores"] = found
+    return found
+
+
+def _one_per_owner(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[NearMiss]]:
+    counts = Counter(s.fqn for s in sites)
+    kept = [s for s in sites if counts[s.fqn] == 1]
+    shared = {s.fqn: s for s in sites if counts[s.fqn] > 1}
+    misses = [
+        NearMiss(
+            fqn=fqn,
+            slot="owner",
+            reason=f"the module runs {counts[fqn]} attentions in one forward pass (it is shared, or does several)",
+            source=site.source,
+            progress=7,
+        )
+        for fqn, site in shared.items()
+    ]
+    return [dataclasses.replace(s, layer=i) for i, s in enumerate(kept)], misses
+
+
+def _where(node: fx.Node) -> str:
+    modules = modules_of(node)
+    return f"{modules[-1] if modules else ''} {op_name(node)} {source_of(node)}".strip()
+
+
+class _Attempt:
+    """One core, walked outwards. `done` are the slots that held."""
+
+    def __init__(self, graphs: Sequence[CapturedGraph], nodes: Sequence[fx.Node], patterns: Catalogue):
+        self.graphs, self.nodes, self.patterns = graphs, nodes, patterns
+        self.graph, self.node = graphs[0], nodes[0]
+        self.done: list[str] = []
+
+    def near_miss(self, stop: _Stop) -> NearMiss:
+        modules = modules_of(self.node)
+        return NearMiss(
+            fqn=modules[-1] if modules else "",
+            slot=stop.slot,
+            reason=stop.reason,
+            source=source_of(stop.node) or source_of(self.node),
+            progress=len(self.done),
+        )
+
+    def run(self, layer: int) -> AttentionSite:
+        core = self._core(self.node, self.graph)
+        self.done.append("core")
+        q, k, v = (self._path(side, core[side], self.graph) for side in "qkv")
+        self._check_paths(q, k, v)
+        assert q.linear and k.linear and v.linear
+        o = self._output(core["out"])
+        boundary = self._owner(core["out"], (q.linear, k.linear, v.linear), o)
+        heads, rows = self._heads(core, q, k, v, boundary)
+        self._order(o, core["out"], boundary, heads["q"])
+        count = len(rows["q"])
+        mask, alibi = self._mask(count)
+        self._same_at_every_length(q, k)
+        hidden = shape(boundary.hidden)
+        assert hidden is not None
+        return AttentionSite(
+            fqn=boundary.owner,
+            layer=layer,
+            q=q.linear.projection(rows["q"].flatten()),
+            k=k.linear.projection(rows["k"].flatten()),
+            v=v.linear.projection(rows["v"].flatten()),
+            o=_whole(o),
+            hidden_size=hidden[-1],
+            heads=count,
+            kv_heads=len(rows["k"]),
+            head_dim=rows["q"].shape[1],
+            v_head_dim=rows["v"].shape[1],
+            scale=core["scale"] * q.scale * k.scale,
+            mask=mask,
+            call=CallContract(hidden=ArgPath(position=0)),
+            rope=q.rope,
+            q_norm=self._norm("q", q, rows["q"]),
+            k_norm=self._norm("k", k, rows["k"]),
+            norm_after_rope=q.norm_after_rope,
+            softcap=core.get("softcap"),
+            alibi=alibi,
+            dropout=core["dropout"],
+            source=source_of(self.node),
+        )
+
+    def _core(self, node: fx.Node, graph: CapturedGraph) -> dict[str, Any]:
+        results = dict(_core_nodes(graph, self.patterns))
+        result = results[node]
+        if isinstance(result, Refused):
+            raise _Stop("scores", result.reason, result.node)
+        return dict(result.facts)
+
+    def _path(self, side: str, start: fx.Node, graph: CapturedGraph) -> Path:
+        path = walk_path(start, self.patterns.path, graph)
+        if isinstance(path, Refused):
+            raise _Stop(side, path.reason, path.node)
+        if graph is self.graph:
+            self.done.append(side)
+        return path
+
+    def _check_paths(self, q: Path, k: Path, v: Path) -> None:
+        assert q.linear and k.linear and v.linear
+        if v.rope is not None or v.norm is not None or v.scale != 1.0:
+            raise _Stop(
+                "v", f"the values pass through {v.steps or ['a factor']}, which a site cannot state", v.linear.out
+            )
+        if q.rope != k.rope:
+            raise _Stop("rope", "q and k are rotated differently", q.linear.out)
+        both = q.norm is not None and k.norm is not None
+        if both and q.norm_after_rope != k.norm_after_rope:
+            raise _Stop("norm", "one of q and k is normed before, the other after the rotation", q.linear.out)
+
+    def _output(self, out: fx.Node) -> Linear:
+        linear = find_output(out, self.graph)
+        if isinstance(linear, Refused):
+            raise _Stop("output", linear.reason, linear.node)
+        self.done.append("output")
+        return linear
+
+    def _owner(self, out: fx.Node, inputs: tuple[Linear, ...], o: Linear) -> Boundary:
+        # The mask comes first in the message where it says more: an encoder's owner often does more than attention.
+        owner = find_owner([out, self.node, o.out, *(linear.out for linear in inputs)])
+        if owner is None:
+            raise _Stop("owner", "the projections and the core belong to no common module", self.node)
+        boundary = find_boundary(owner, inputs[0], o, self.graph)
+        if isinstance(boundary, Refused):
+            self._refuse_encoder()
+            raise _Stop("owner", boundary.reason, boundary.node)
+        self.done.append("owner")
+        return boundary
+
+    def _refuse_encoder(self) -> None:
+        try:
+            self._mask(1)
+        except _Stop as stop:
+            if "bidirectional" in stop.reason:
+                raise
+
+    def _heads(
+        self, core: dict[str, Any], q: Path, k: Path, v: Path, boundary: Boundary
+    ) -> tuple[dict[str, Heads], dict[str, Tensor]]:
+        heads: dict[str, Heads] = {}
+        for side, path in (("q", q), ("k", k), ("v", v)):
+            assert path.linear is not None
+            flipped = side == "k" and core["k_transposed"]
+            try:
+                heads[side] = trace_heads(
+                    path.linear, boundary.hidden, core[side], path.same, self.graph, transposed=flipped
+                )
+            except HeadsRefused as refused:
+                raise _Stop(side, str(refused), path.linear.out) from refused
+        count = len(heads["q"].rows)
+        rows = {"q": heads["q"].rows}
+        repeats = {}
+        for side in "kv":
+            try:
+                rows[side], repeats[side] = group(heads[side].rows, count)
+            except HeadsRefused as refused:
+                raise _Stop(side, str(refused), self.node) from refused
+        if repeats["k"] != repeats["v"]:
+            raise _Stop("v", f"keys are shared by {repeats['k']} query heads, values by {repeats['v']}", self.node)
+        self.done.append("heads")
+        return heads, rows
+
+    def _order(self, o: Linear, out: fx.Node, boundary: Boundary, q: Heads) -> None:
+        reason = check_order(o, out, boundary.last, q.batch_of, len(q.rows), self.graph)
+        if reason is not None:
+            raise _Stop("output", reason, o.out)
+
+    def _mask(self, heads: int) -> tuple[Mask, tuple[float, ...] | None]:
+        node = self.node
+        try:
+            tables = []
+            for node, graph in zip(self.nodes, self.graphs, strict=True):
+                core = self._core(node, graph)
+                key = ("mask", core["causal"], *((t.kind, t.node) for t in core["mask"]))
+                if key not in graph.known:
+                    graph.known[key] = evaluate_mask(core["mask"], core["causal"], graph)
+                tables.append(graph.known[key])
+            mask = classify(tables)
+            alibi = alibi_slopes(tables[0], heads)
+        except MaskRefused as refused:
+            raise _Stop("mask", str(refused), node) from refused
+        if mask.kind == "bidirectional":
+            raise _Stop("mask", "the attention is bidirectional (an encoder): nothing to keep as a state", self.node)
+        longest = max(g.length for g in self.graphs)
+        hints = length_hints(self._core(self.nodes[0], self.graph)["mask"], self.graph)
+        if mask.kind == "causal" and any(h >= longest for h in hints) and not self.graphs[-1].complete:
+            reason = f"the mask uses a constant {max(hints)}, beyond the longest length that was evaluated ({longest})"
+            raise _Stop("mask", reason, self.node)
+        self.done.append("mask")
+        return mask, alibi
+
+    def _norm(self, side: str, path: Path, rows: Tensor) -> Norm | None:
+        facts: NormFacts | None = path.norm
+        if facts is None:
+            return None
+        assert path.linear is not None
+        heads, width = rows.shape
+        if facts.weight_dims != 1:
+            raise _Stop("norm", f"the norm of {side} has weights of its own for each head", path.linear.out)
+        if facts.size == width:
+            return facts.norm
+        ordered = bool((rows.flatten().diff() == 1).all())
+        if facts.size == heads * width and ordered:
+            return dataclasses.replace(facts.norm, across_heads=True)
+        raise _Stop("norm", f"the norm of {side} acts on {facts.size} channels, a head has {width}", path.linear.out)
+
+    def _same_at_every_length(self, q: Path, k: Path) -> None:
+        """Frequencies and scales that depend on the length (dynamic scaling) cannot be stated in a site."""
+        first = self._core(self.node, self.graph)
+        for node, graph in zip(self.nodes[1:], self.graphs[1:], strict=True):
+            core = self._core(node, graph)
+            other_q, other_k = self._path("q", core["q"], graph), self._path("k", core["k"], graph)
+            if not _close(other_q.rope, q.rope) or not _close(other_k.rope, k.rope):
+                raise _Stop("rope", "the rotary frequencies depend on the length", node)
+            scales = (core["scale"], other_q.scale, other_k.scale, core.get("softcap"))
+            if scales != (first["scale"], q.scale, k.scale, first.get("softcap")):
+                raise _Stop("scale", "the scale of the scores depends on the length", node)
+
+
+def _close(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    same = a.style == b.style and len(a.inv_freq) == len(b.inv_freq)
+    pairs = zip((*a.inv_freq, a.attention_scaling), (*b.inv_freq, b.attention_scaling), strict=True)
+    return same and all(abs(x - y) <= 1e-4 * abs(y) + 1e-7 for x, y in pairs)
+
+
+def _whole(linear: Linear) -> Projection:
+    return linear.projection(torch.arange(linear.outputs))

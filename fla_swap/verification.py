@@ -1,0 +1,200 @@
+"""The identity proof: attention rebuilt from an `AttentionSite` alone must compute what the owner module computes.
+
+Everything runs on a copy of the owner in fp32 with randomised weights, because fresh biases, unit norms and zeros would
+hide errors, on random hidden states with a padded row and a length past every window.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fla_swap.arguments import get_argument, set_argument
+from fla_swap.errors import FlaSwapError, VerificationError
+from fla_swap.mixers.softmax import Softmax
+from fla_swap.types import AttentionSite
+
+TOLERANCE = 1e-4
+_HIDDEN = -1e4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """How the owner was called in the real model: `args` and `kwargs` recorded by hooks; `valid` bool [B, T];
+    `positions` int [B, T], as the model was given them (None: it was given none)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    valid: Tensor
+    positions: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """`error`: largest relative difference on the valid positions. `dropout`: what training mode drops of the
+    probabilities. `eager_error`: how far the owner's own eager implementation is from what it runs (None: not tried)."""
+
+    error: float
+    dropout: float = 0.0
+    eager_error: float | None = None
+
+
+def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
+    """Compare the owner (as a copy: the user's module is not touched) with the attention rebuilt from `site`.
+
+    Raises VerificationError when they differ by more than `TOLERANCE`, or when either cannot be run.
+    """
+    twin = randomised(owner)
+    args, kwargs = _as_fp32((call.args, call.kwargs))
+    hidden = get_argument(site.call.hidden, args, kwargs)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    args, kwargs = set_argument(site.call.hidden, hidden, args, kwargs)
+    weights = {f"{site.fqn}.{n}" if site.fqn else n: t for n, t in twin.state_dict().items()}
+    with torch.no_grad():
+        wanted = _output(site, twin(*args, **kwargs))
+        try:
+            mixer = Softmax.from_attention(site, weights).eval()
+        except (FlaSwapError, KeyError, RuntimeError) as error:
+            raise VerificationError(f"{site.fqn}: the attention cannot be rebuilt from its site: {error}") from error
+        error = max(
+            _difference(
+                mixer(hidden, valid=call.valid, positions=call.positions, cos_sin=tables)[0], wanted, call.valid
+            )
+            for tables in _table_choices(site, args, kwargs)
+        )
+    if not error <= TOLERANCE:
+        raise VerificationError(
+            f"{site.fqn}: the rebuilt attention differs from the module's own output by {error:.2e} (relative, fp32; "
+            f"at most {TOLERANCE:.0e} is accepted): {site.source} computes something that the site does not say"
+        )
+    dropout = _dropout(twin, args, kwargs, hidden.shape[1])
+    return Proof(error=error, dropout=dropout, eager_error=_eager(site, twin, args, kwargs, wanted, call.valid))
+
+
+def _table_choices(site: AttentionSite, args: tuple, kwargs: dict) -> list[tuple[Tensor, Tensor] | None]:
+    """The site's own frequencies and, when the caller passes tables, those. Half-precision tables stand alone."""
+    if site.call.cos is None or site.call.sin is None:
+        return [None]
+    cos, sin = get_argument(site.call.cos, args, kwargs), get_argument(site.call.sin, args, kwargs)
+    rounded = bool((cos.to(torch.bfloat16).float() == cos).all())
+    return [(cos, sin)] if rounded else [(cos, sin), None]
+
+
+def randomised(owner: nn.Module) -> nn.Module:
+    """A copy in fp32 and eval mode with every parameter random: matrices scaled by their width, vectors moved by .3."""
+    twin = copy.deepcopy(owner).float().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise * 1.5 / math.sqrt(max(parameter.shape)))
+            else:
+                base = parameter if bool(parameter.isfinite().all()) else torch.zeros_like(parameter)
+                parameter.copy_(base.clamp(-2, 2) + 0.3 * noise)
+    return twin
+
+
+def _difference(found: Tensor, wanted: Tensor, valid: Tensor) -> float:
+    found, wanted = found[valid].double(), wanted[valid].double()
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+def _output(site: AttentionSite, returned: Any) -> Tensor:
+    return returned if site.call.outputs is None else returned[site.call.output_index]
+
+
+def _as_fp32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if type(value) in (tuple, list):
+        return type(value)(_as_fp32(v) for v in value)
+    if type(value) is dict:
+        return {k: _as_fp32(v) for k, v in value.items()}
+    return value
+
+
+class _DropoutProbe(TorchFunctionMode):
+    """Notes the dropout applied to attention probabilities, and drops nothing."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self.found = length, 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            bound = list(args)
+            if len(bound) > 4:
+                self.found, bound[4] = max(self.found, float(bound[4])), 0.0
+            self.found = max(self.found, float(kwargs.pop("dropout_p", 0.0)))
+            return func(*bound, **kwargs)
+        if func in (F.dropout, torch.dropout):
+            bound_args = inspect.signature(F.dropout).bind_partial(*args, **kwargs).arguments
+            x = bound_args["input"]
+            if x.shape[-1] == self.length and x.dim() >= 3 and x.shape[-2] == self.length:
+                self.found = max(self.found, float(bound_args.get("p", 0.5)))
+            return x
+        return func(*args, **kwargs)
+
+
+def _dropout(twin: nn.Module, args: tuple, kwargs: dict, length: int) -> float:
+    twin.train()
+    probe = _DropoutProbe(length)
+    with torch.no_grad(), probe:
+        twin(*args, **kwargs)
+    twin.eval()
+    return probe.found
+
+
+def _eager(
+    site: AttentionSite, twin: nn.Module, args: tuple, kwargs: dict, wanted: Tensor, valid: Tensor
+) -> float | None:
+    """How far the module's own eager code is from `wanted`, where its config names another implementation."""
+    config = getattr(twin, "config", None)
+    running = getattr(config, "_attn_implementation", None)
+    if config is None or running in (None, "eager"):
+        return None
+    mask = site.call.mask
+    if mask is not None and isinstance(seen := get_argument(mask, args, kwargs), Tensor) and seen.dtype == torch.bool:
+        additive = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
+        args, kwargs = set_argument(mask, additive, args, kwargs)
+    try:
+        config._attn_implementation = "eager"
+        with torch.no_grad():
+            return _difference(_output(site, twin(*args, **kwargs)), wanted, valid)
+    except (ValueError, KeyError, NotImplementedError):
+        return None
+    finally:
+        config._attn_implementation = running
+
+
+def check_config(sites: tuple[AttentionSite, ...], config: Any) -> None:
+    """Hold the sites against the model's config, where it has one. Raises VerificationError on a disagreement."""
+    counts = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+    for site in sites:
+        for own, name in counts.items():
+            stated = getattr(config, name, None)
+            if isinstance(stated, int) and stated > 0 and stated != getattr(site, own):
+                raise VerificationError(
+                    f"{site.fqn}: the graph has {own} = {getattr(site, own)}, the model's config says {name} = {stated}"
+                )
+    windows = {s.mask.window for s in sites if s.mask.kind == "window"}
+    stated = getattr(config, "sliding_window", None)
+    if windows and isinstance(stated, int) and not windows & {stated, stated + 1, stated - 1}:
+        raise VerificationError(f"the graph has windows {sorted(map(str, windows))}, the config says {stated}")
+
+
+def weights_of(model: nn.Module) -> Mapping[str, Tensor]:
+    """Fully qualified name → tensor for every parameter and buffer."""
+    return {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}

@@ -1,0 +1,56 @@
+"""What a recogniser is: one small class that looks at one node and says Found, Absent or Refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import fx
+
+from fla_swap.patterns.graph import CapturedGraph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The recogniser's step is here: `facts` say what, `nodes` are its graph nodes, `next` is where data comes from.
+
+    `out` is the node that has the shape and order of `next` after the step (None: the node that was asked about).
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    nodes: tuple[fx.Node, ...] = ()
+    next: fx.Node | None = None
+    out: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Nothing of the recogniser's kind is here; the next one is tried."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The step is of the recogniser's kind but cannot be expressed in a site. Ends the match with this reason."""
+
+    reason: str
+    node: fx.Node
+
+
+Result = Found | Absent | Refused
+ABSENT = Absent()
+
+
+class Recogniser(Protocol):
+    """`slot`: "core" (starts a match), "scores" (between the softmax and q kᵀ), or "path" (between core and projection)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def slot(self) -> str: ...
+
+    def match(self, node: fx.Node, graph: CapturedGraph) -> Result: ...
+
+
+SLOTS = ("core", "scores", "path")

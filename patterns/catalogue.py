@@ -1,0 +1,45 @@
+"""The recognisers, in the order in which they are tried. A new one is one class in one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fla_swap.patterns.base import SLOTS, Recogniser
+from fla_swap.patterns.core import FusedCore, SoftmaxCore
+from fla_swap.patterns.norm import QKNorm
+from fla_swap.patterns.path import Factor
+from fla_swap.patterns.projection import Project
+from fla_swap.patterns.rope import Rotary
+from fla_swap.patterns.scores import Mask, Scale, Softcap
+
+SCORES: tuple[Recogniser, ...] = (Softcap(), Scale(), Mask())
+PATH: tuple[Recogniser, ...] = (Project(), QKNorm(), Factor(), Rotary())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """Recognisers by slot, in order."""
+
+    cores: tuple[Recogniser, ...]
+    scores: tuple[Recogniser, ...]
+    path: tuple[Recogniser, ...]
+
+
+def catalogue(extra: Iterable[Recogniser] = ()) -> Catalogue:
+    """The built-in recognisers with the user's own before them. A duplicate name in a slot, or an unknown slot, raises."""
+    own = list(extra)
+    for recogniser in own:
+        if recogniser.slot not in SLOTS:
+            raise ValueError(f"recogniser {recogniser.name!r} has slot {recogniser.slot!r}; the slots are {SLOTS}")
+    scores = _unique("scores", own, SCORES)
+    builtin = (FusedCore(), SoftmaxCore(scores=scores))
+    return Catalogue(cores=_unique("core", own, builtin), scores=scores, path=_unique("path", own, PATH))
+
+
+def _unique(slot: str, own: list[Recogniser], builtin: tuple[Recogniser, ...]) -> tuple[Recogniser, ...]:
+    together = (*(r for r in own if r.slot == slot), *builtin)
+    names = [r.name for r in together]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two recognisers for slot {slot!r} have the same name: {sorted(names)}")
+    return together

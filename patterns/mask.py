@@ -1,0 +1,144 @@
+"""What a closed mask means: it is evaluated, and the table of (query, key) pairs is classified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fla_swap.patterns.core import MaskTerm
+from fla_swap.patterns.graph import CapturedGraph
+from fla_swap.types import Mask
+
+_HIDDEN = -1e4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskTable:
+    """`seen` bool [T, T] (query, key); `bias` [H or 1, T, T], what is added to the scores that are seen, or None."""
+
+    seen: Tensor
+    bias: Tensor | None
+
+
+class MaskRefused(Exception):
+    """The mask is not a function of (query position, key position) alone, or of no kind that a site can state."""
+
+
+def evaluate_mask(terms: Sequence[MaskTerm], causal: bool, graph: CapturedGraph) -> MaskTable:
+    """The mask that the terms make at the graph's length, with nothing padded."""
+    length = graph.length
+    seen = torch.ones(1, 1, length, length, dtype=torch.bool)
+    if causal:
+        seen = seen.tril()
+    bias: Tensor | None = None
+    for term in terms:
+        value = _four_dims(graph.evaluate(term.node), graph)
+        if term.kind == "add":
+            hidden = value <= _HIDDEN
+            if (rest := value.masked_fill(hidden, 0.0)).abs().max() > 0:
+                bias = rest if bias is None else bias + rest
+            seen = seen & ~hidden
+        else:
+            seen = seen & (value.bool() if term.kind == "keep" else ~value.bool())
+    return _table(seen, bias)
+
+
+def _four_dims(value: Tensor, graph: CapturedGraph) -> Tensor:
+    while value.dim() < 4:
+        value = value[None]
+    if value.dim() > 4:
+        value = value.flatten(1, -3)
+    length = graph.length
+    rows, columns = value.shape[-2:]
+    if rows not in (1, length) or columns not in (1, length):
+        raise MaskRefused(f"a mask of shape {tuple(value.shape)} at length {length}")
+    return value.expand(*value.shape[:2], length, length)
+
+
+def _table(seen: Tensor, bias: Tensor | None) -> MaskTable:
+    flat = seen.flatten(0, 1)
+    if not bool((flat == flat[:1]).all()):
+        raise MaskRefused("the mask differs between heads, or between rows of the batch")
+    if bias is not None:
+        bias = bias.expand(max(bias.shape[0], 1), *bias.shape[1:])
+        if not bool((bias == bias[:1]).all()):
+            raise MaskRefused("the bias on the scores differs between rows of the batch")
+        bias = bias[0].masked_fill(~flat[:1], 0.0)
+    return MaskTable(seen=flat[0], bias=bias)
+
+
+def classify(tables: Sequence[MaskTable]) -> Mask:
+    """The one kind that explains the tables of every length. Raises `MaskRefused` when none does."""
+    for candidate in _candidates(max(tables, key=lambda t: t.seen.shape[0]).seen):
+        if all(torch.equal(expected(candidate, t.seen.shape[0]), t.seen) for t in tables):
+            return candidate
+    raise MaskRefused(
+        "the mask is neither causal, a window, chunked nor bidirectional at lengths "
+        + ", ".join(str(t.seen.shape[0]) for t in tables)
+    )
+
+
+def expected(mask: Mask, length: int) -> Tensor:
+    """bool [T, T]: which keys (columns) each query (row) sees."""
+    j, i = torch.arange(length)[None, :], torch.arange(length)[:, None]
+    if mask.kind == "bidirectional":
+        return torch.ones(length, length, dtype=torch.bool)
+    seen = j <= i
+    if mask.kind == "window":
+        seen = seen & (i - j < (mask.window or length))
+    if mask.kind == "chunked":
+        seen = seen & (i // (mask.window or length) == j // (mask.window or length))
+    return seen
+
+
+def _candidates(seen: Tensor) -> list[Mask]:
+    count = int(seen[-1].sum())
+    starts = torch.nonzero(~seen[:, 0])
+    found = [Mask(kind="causal"), Mask(kind="bidirectional")]
+    if count:
+        found.append(Mask(kind="window", window=count))
+    if len(starts):
+        found.append(Mask(kind="chunked", window=int(starts[0])))
+    return found
+
+
+def alibi_slopes(table: MaskTable, heads: int) -> tuple[float, ...] | None:
+    """Slopes s_h when the bias is s_h · (key − query) up to a constant per row; None without a bias.
+
+    Raises `MaskRefused` for any other bias (2108.12409 describes ALiBi).
+    """
+    if table.bias is None:
+        return None
+    length = table.seen.shape[0]
+    bias = table.bias.expand(heads, length, length).double()
+    j = torch.arange(length).double()
+    slopes = (bias[:, -1, -1] - bias[:, -1, 0]) / (length - 1) if bool(table.seen[-1, 0]) else None
+    if slopes is None:
+        slopes = bias[:, -1, -1] - bias[:, -1, -2]
+    rest = bias - slopes[:, None, None] * j
+    rest = rest - rest.diagonal(dim1=-2, dim2=-1)[..., None]
+    if float(rest.masked_fill(~table.seen, 0.0).abs().max()) > 1e-4 * float(bias.abs().max()):
+        raise MaskRefused("a bias on the scores that is not ALiBi")
+    return tuple(float(s) for s in slopes)
+
+
+def length_hints(terms: Sequence[MaskTerm], graph: CapturedGraph) -> set[int]:
+    """Integer constants in the closed subgraph of a mask: windows and chunks are among them."""
+    seen: set[fx.Node] = set()
+    stack = [t.node for t in terms]
+    hints: set[int] = set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder" and node.name in graph.values:
+            value = graph.values[node.name]
+            if isinstance(value, Tensor) and value.numel() == 1 and not value.dtype.is_floating_point:
+                hints.add(int(value))
+        hints.update(a for a in node.args if isinstance(a, int) and not isinstance(a, bool))
+        stack.extend(node.all_input_nodes)
+    return {abs(h) for h in hints if graph.length < abs(h) < 2**31}

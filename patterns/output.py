@@ -1,0 +1,130 @@
+"""From the core forwards: heads are put together, the output projection, and nothing else until the owner returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fla_swap.patterns.base import Found, Refused
+from fla_swap.patterns.graph import (
+    CAST,
+    DROPOUT,
+    LAYOUT,
+    SHAPE_ONLY,
+    CapturedGraph,
+    NotLayout,
+    modules_of,
+    op_name,
+    shape,
+)
+from fla_swap.patterns.projection import Linear, Project
+
+_QUIET = LAYOUT | CAST | DROPOUT
+
+
+def find_output(core: fx.Node, graph: CapturedGraph) -> Linear | Refused:
+    """The projection that the core's output goes into, with its bias."""
+    walk = core
+    while True:
+        users = readers(walk)
+        if len(users) != 1:
+            return Refused(f"the attention's output is read by {len(users)} operations, expected one", walk)
+        (user,) = users
+        found = Project().match(user, graph)
+        if isinstance(found, Refused):
+            return found
+        if isinstance(found, Found):
+            linear: Linear = found.facts["projection"]
+            return _with_bias(linear, graph)
+        if user.target not in _QUIET or len(graph.open_inputs(user)) != 1:
+            return Refused(f"{op_name(user)} between the core and the output projection is not understood", user)
+        walk = user
+
+
+def _with_bias(linear: Linear, graph: CapturedGraph) -> Linear:
+    users = readers(linear.out)
+    if linear.bias is None and len(users) == 1:
+        wider = Project().match(users[0], graph)
+        if isinstance(wider, Found) and wider.facts["projection"].x is linear.x:
+            return wider.facts["projection"]
+    return linear
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """The users of a node that read its values."""
+    return [u for u in node.users if u.target not in SHAPE_ONLY]
+
+
+def check_order(
+    linear: Linear, core: fx.Node, last: fx.Node, batch_of: Tensor, heads: int, graph: CapturedGraph
+) -> str | None:
+    """Why the heads do not enter the output projection in order (and leave the owner as [B, T, D]), or None.
+
+    `batch_of` [L] is the batch row of each leading index of the core's output [..., T, V].
+    """
+    dims = shape(core)
+    assert dims is not None
+    width = heads * dims[-1]
+    head_of = torch.zeros_like(batch_of)
+    for b in range(graph.batch):
+        head_of[batch_of == b] = torch.arange(int((batch_of == b).sum()))
+    token = batch_of[:, None] * graph.length + torch.arange(graph.length)
+    numbers = token[..., None] * width + head_of[:, None, None] * dims[-1] + torch.arange(dims[-1])
+    try:
+        entered = graph.trace(core, numbers.reshape(dims), linear.x, {})
+    except NotLayout as stop:
+        return f"{op_name(stop.node)} between the core and the output projection"
+    if entered.shape[-1] != width or not bool((entered % width == torch.arange(width)).all()):
+        return "the heads enter the output projection in another order than the queries"
+    tokens = entered // width
+    if not bool((tokens == tokens[..., :1]).all()):
+        return "the output projection mixes tokens"
+    left = graph.trace(linear.out, tokens[..., :1].expand(*tokens.shape[:-1], linear.outputs), last, {})
+    wanted = torch.arange(graph.batch * graph.length).reshape(graph.batch, graph.length, 1)
+    if left.dim() != 3 or left.shape[:2] != wanted.shape[:2] or not bool((left == wanted).all()):
+        return f"the owner returns its output as {tuple(left.shape)}, expected [batch, time, hidden]"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """The owner module seen in the graph: `hidden` comes in, `last` goes out."""
+
+    owner: str
+    hidden: fx.Node
+    last: fx.Node
+
+
+def find_owner(nodes: list[fx.Node]) -> str | None:
+    """The deepest module in which all of these nodes were computed; None when that is no module."""
+    paths = [modules_of(n) for n in nodes]
+    common = [p for p in paths[0] if all(p in other for other in paths[1:])]
+    return common[-1] if common else None
+
+
+def find_boundary(owner: str, q: Linear, o: Linear, graph: CapturedGraph) -> Boundary | Refused:
+    """What enters and leaves the owner; refused when that is more than one attention."""
+    inside = [n for n in graph.nodes if n.op == "call_function" and owner in modules_of(n) and graph.is_open(n)]
+    members = set(inside)
+    hidden = q.x
+    while hidden in members and hidden.target in LAYOUT | CAST and len(graph.open_inputs(hidden)) == 1:
+        hidden = graph.open_inputs(hidden)[0]
+    if hidden in members:
+        return Refused(f"the owner {owner!r} does more than attention: {op_name(hidden)} before the projection", hidden)
+    last = o.out
+    while True:
+        users = [u for u in readers(last) if u in members]
+        if not users:
+            break
+        if len(users) > 1 or users[0].target not in _QUIET or len(graph.open_inputs(users[0])) != 1:
+            return Refused(f"the owner {owner!r} does more than attention: {op_name(users[0])} after it", users[0])
+        last = users[0]
+    for node in inside:
+        for value in graph.open_inputs(node):
+            if value not in members and value is not hidden:
+                return Refused(f"the owner {owner!r} also reads {value.name}", node)
+        if node is not last and any(u not in members for u in readers(node)):
+            return Refused(f"the owner {owner!r} also returns {op_name(node)}", node)
+    return Boundary(owner=owner, hidden=hidden, last=last)

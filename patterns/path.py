@@ -1,0 +1,95 @@
+"""One path from the core back to a projection: an ordered grammar of optional steps, tried at each node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fla_swap.patterns.base import ABSENT, Found, Recogniser, Refused, Result
+from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, op_name
+from fla_swap.patterns.norm import NormFacts
+from fla_swap.patterns.projection import Linear
+from fla_swap.patterns.scores import split_factor
+from fla_swap.types import Rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """q or k times a constant, on the way to the core."""
+
+    name: str = "factor"
+    slot: str = "path"
+
+    def match(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        found = split_factor(node, graph)
+        if found is None:
+            return ABSENT
+        return Found(facts={"scale": found[0]}, nodes=(node,), next=found[1])
+
+
+@dataclass(kw_only=True)
+class Path:
+    """What lies between a projection and the core. `steps` names the recognised steps, nearest to the core first."""
+
+    linear: Linear | None = None
+    scale: float = 1.0
+    rope: Rope | None = None
+    norm: NormFacts | None = None
+    steps: list[str] = field(default_factory=list)
+    same: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    @property
+    def norm_after_rope(self) -> bool:
+        return "norm" in self.steps and "rope" in self.steps and self.steps.index("norm") < self.steps.index("rope")
+
+
+def walk_path(start: fx.Node, recognisers: Sequence[Recogniser], graph: CapturedGraph) -> Path | Refused:
+    """Walk back from an operand of the core to its projection."""
+    path, node = Path(), start
+    while path.linear is None:
+        result = _first(node, recognisers, graph)
+        if isinstance(result, Refused):
+            return result
+        if isinstance(result, Found):
+            refused = _take(path, result, node)
+            if refused is not None:
+                return refused
+            if result.next is not None:
+                node = result.next
+            continue
+        inputs = graph.open_inputs(node)
+        if node.target not in LAYOUT | CAST | DROPOUT:
+            return Refused(f"{op_name(node)} between the projection and the core is not understood", node)
+        if len(inputs) != 1:
+            return Refused(f"{op_name(node)} of {len(inputs)} tensors between the projection and the core", node)
+        node = inputs[0]
+    return path
+
+
+def _first(node: fx.Node, recognisers: Sequence[Recogniser], graph: CapturedGraph) -> Result:
+    for recogniser in recognisers:
+        result = recogniser.match(node, graph)
+        if not isinstance(result, type(ABSENT)):
+            return result
+    return ABSENT
+
+
+def _take(path: Path, found: Found, node: fx.Node) -> Refused | None:
+    facts = found.facts
+    if "scale" in facts:
+        if path.norm is not None:
+            return Refused("a factor before the norm of q or k", node)
+        path.scale *= facts["scale"]
+    for name in ("rope", "norm"):
+        if name in facts:
+            if getattr(path, name) is not None:
+                return Refused(f"two steps of the kind {name!r} on one path", node)
+            setattr(path, name, facts[name])
+            path.steps.append(name)
+    if "projection" in facts:
+        path.linear = facts["projection"]
+    if found.next is not None:
+        path.same[found.out or node] = found.next
+    return None

@@ -1,0 +1,158 @@
+"""Linear maps with stored weights: `linear`, `addmm` and `matmul` with a transposed weight, slices of one parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fla_swap.patterns.base import ABSENT, Found, Refused, Result
+from fla_swap.patterns.graph import CAST, CONTRACTION, CapturedGraph, NotLayout, _ops, argument, shape
+from fla_swap.patterns.scores import ADD
+from fla_swap.types import Projection, WeightRef
+
+LINEAR, ADDMM, PRODUCT = _ops("linear"), _ops("addmm"), _ops("matmul", "mm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A weight [out, in] or bias [out] as rows of a parameter; `rows` has one parameter row for each output."""
+
+    name: str
+    rows: Tensor
+    whole: int
+    transposed: bool = False
+
+    def ref(self, order: Tensor) -> WeightRef:
+        """The outputs in `order`, as ranges of the parameter's rows (None when that is all of them, in order)."""
+        rows = self.rows[order]
+        if len(rows) == self.whole and bool((rows == torch.arange(self.whole)).all()):
+            return WeightRef(name=self.name, transposed=self.transposed)
+        breaks = (rows.diff() != 1).nonzero().flatten() + 1
+        pieces = torch.tensor_split(rows, breaks)
+        ranges = tuple((int(p[0]), int(p[-1]) + 1) for p in pieces)
+        return WeightRef(name=self.name, rows=ranges, transposed=self.transposed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """One linear map in the graph: y = x Wᵀ + b. `out` is y's node, `x` the input's, `inputs` and `outputs` the widths."""
+
+    x: fx.Node
+    out: fx.Node
+    weight: Stored
+    bias: Stored | None
+    inputs: int
+    outputs: int
+
+    def projection(self, order: Tensor) -> Projection:
+        """This map with its outputs in `order` (indices)."""
+        return Projection(weight=self.weight.ref(order), bias=None if self.bias is None else self.bias.ref(order))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """The projection that q, k, v or the output goes through. Ends a path."""
+
+    name: str = "projection"
+    slot: str = "path"
+
+    def match(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        product, bias = node, None
+        if node.target in ADD:
+            closed = [n for n in node.all_input_nodes if not graph.is_open(n)]
+            opened = [n for n in node.all_input_nodes if graph.is_open(n)]
+            if len(closed) != 1 or len(opened) != 1 or len(shape(closed[0]) or ()) != 1:
+                return ABSENT
+            product, bias = graph.peel(opened[0], CAST)[-1], closed[0]
+        if product.target in LINEAR:
+            x, weight, own = product.args[0], product.args[1], argument(product, 2, "bias")
+            flipped = False
+        elif product.target in ADDMM:
+            own, x, weight = product.args[:3]
+            flipped = True
+            if any(float(product.kwargs.get(n, 1)) != 1.0 for n in ("alpha", "beta")):
+                return Refused("addmm with factors", product)
+        elif product.target in PRODUCT:
+            x, weight = product.args[:2]
+            own, flipped = None, True
+        else:
+            return ABSENT
+        if (
+            not (isinstance(x, fx.Node) and isinstance(weight, fx.Node))
+            or not graph.is_open(x)
+            or graph.is_open(weight)
+        ):
+            if product.target in CONTRACTION and isinstance(weight, fx.Node) and graph.is_open(weight):
+                return Refused("the projection's weight is computed from what the model reads", product)
+            return ABSENT
+        if bias is not None and own is not None:
+            return ABSENT
+        return self._found(node, x, weight, bias if own is None else own, flipped, graph)
+
+    @staticmethod
+    def _found(node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, flipped: bool, graph: CapturedGraph) -> Result:
+        stored = stored_matrix(weight, flipped, graph)
+        if stored is None:
+            return Refused("the projection's weight is not (rows of) one stored parameter", node)
+        vector = None if bias is None else stored_vector(bias, graph)
+        if bias is not None and vector is None:
+            return Refused("the projection's bias is not (a part of) one stored parameter", node)
+        dims = shape(x)
+        assert dims is not None
+        linear = Linear(x=x, out=node, weight=stored, bias=vector, inputs=dims[-1], outputs=len(stored.rows))
+        return Found(facts={"projection": linear}, nodes=(node,), next=None)
+
+
+def _origin(node: Any, graph: CapturedGraph) -> fx.Node | None:
+    while isinstance(node, fx.Node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node if isinstance(node, fx.Node) and node.name in graph.weights else None
+
+
+def _numbered(node: fx.Node, origin: fx.Node, graph: CapturedGraph) -> Tensor | None:
+    """Which entry of the parameter stands where in `node`, or None when the entries are changed on the way."""
+    dims = shape(origin)
+    assert dims is not None
+    numbers = torch.arange(origin.meta["val"].numel()).reshape(dims)
+    try:
+        return graph.trace_closed(origin, numbers, node)
+    except NotLayout:
+        return None
+
+
+def stored_matrix(node: fx.Node, flipped: bool, graph: CapturedGraph) -> Stored | None:
+    """The weight behind `node`, read as [out, in]; `flipped` when the graph multiplies by it as [in, out]."""
+    origin = _origin(node, graph)
+    dims = shape(origin)
+    if origin is None or dims is None or len(dims) != 2:
+        return None
+    name = graph.weights[origin.name]
+    if graph.peel_closed(node) is origin:
+        size = dims[1] if flipped else dims[0]
+        return Stored(name=name, rows=torch.arange(size), whole=size, transposed=flipped)
+    numbers = _numbered(node, origin, graph)
+    if numbers is None or numbers.dim() != 2:
+        return None
+    matrix = numbers.t() if flipped else numbers
+    columns = dims[1]
+    for transposed in (False, True):
+        rows = matrix[:, 0] % columns if transposed else matrix[:, 0] // columns
+        inputs = torch.arange(matrix.shape[1])
+        wanted = inputs * columns + rows[:, None] if transposed else rows[:, None] * columns + inputs
+        if matrix.shape[1] == dims[0 if transposed else 1] and torch.equal(matrix, wanted):
+            return Stored(name=name, rows=rows, whole=dims[1 if transposed else 0], transposed=transposed)
+    return None
+
+
+def stored_vector(node: Any, graph: CapturedGraph) -> Stored | None:
+    """The bias behind `node`."""
+    origin = _origin(node, graph)
+    if origin is None or not isinstance(node, fx.Node) or len(shape(origin) or ()) != 1:
+        return None
+    numbers = _numbered(node, origin, graph)
+    if numbers is None or numbers.dim() != 1:
+        return None
+    return Stored(name=graph.weights[origin.name], rows=numbers, whole=origin.meta["val"].numel())

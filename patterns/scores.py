@@ -1,0 +1,121 @@
+"""Small steps on the scores: a constant scale, a softcap, a mask. Each is tried at one node, walking backwards."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fla_swap.patterns.base import ABSENT, Found, Refused, Result
+from fla_swap.patterns.core import MaskTerm
+from fla_swap.patterns.graph import CAST, CapturedGraph, _ops, argument
+
+MUL = _ops("mul", "mul_") | frozenset({operator.mul})
+DIV = _ops("div", "div_", "true_divide") | frozenset({operator.truediv})
+ADD = _ops("add", "add_") | frozenset({operator.add})
+TANH = _ops("tanh")
+WHERE = _ops("where")
+FILL = _ops("masked_fill", "masked_fill_")
+_HIDDEN = -1e4
+
+
+def split_factor(node: fx.Node, graph: CapturedGraph) -> tuple[float, fx.Node] | None:
+    """(c, x) when `node` is x · c or x / c with a constant c."""
+    if node.target in MUL:
+        for x, c in (node.args[:2], node.args[1::-1]):
+            factor = graph.constant(c)
+            if factor is not None and isinstance(x, fx.Node) and graph.is_open(x):
+                return factor, x
+    if node.target in DIV and argument(node, 2, "rounding_mode") is None:
+        x, c = node.args[:2]
+        divisor = graph.constant(c)
+        if divisor and isinstance(x, fx.Node) and graph.is_open(x):
+            return 1.0 / divisor, x
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A constant factor: scores · c, scores / c, or q · c on the way to the core."""
+
+    name: str = "scale"
+    slot: str = "scores"
+
+    def match(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        found = split_factor(node, graph)
+        if found is None:
+            return ABSENT
+        return Found(facts={"scale": found[0]}, nodes=(node,), next=found[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softcap:
+    """`c · tanh(scores / c)` (Gemma 2)."""
+
+    name: str = "softcap"
+    slot: str = "scores"
+
+    def match(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        outer = split_factor(node, graph)
+        if outer is None:
+            return Refused("a tanh without a factor after it", node) if node.target in TANH else ABSENT
+        cap, inner = outer
+        inner = graph.peel(inner, CAST)[-1]
+        if inner.target not in TANH:
+            return ABSENT
+        x = graph.peel(inner.all_input_nodes[0], CAST)[-1]
+        divided = split_factor(x, graph)
+        factor, x_in = divided if divided is not None else (1.0, x)
+        return Found(facts={"softcap": cap, "scale": factor * cap}, nodes=(node, inner), next=x_in)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """A closed tensor added to the scores, or deciding by `where` or `masked_fill` which of them count."""
+
+    name: str = "mask"
+    slot: str = "scores"
+
+    def match(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        if node.target in ADD:
+            return self._added(node, graph)
+        if node.target in WHERE and len(node.args) == 3:
+            return self._where(node, graph)
+        if node.target in FILL:
+            return self._filled(node, graph)
+        return ABSENT
+
+    def _added(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        inputs = node.all_input_nodes
+        opened = [n for n in inputs if graph.is_open(n)]
+        closed = [n for n in inputs if not graph.is_open(n)]
+        if float(argument(node, 2, "alpha", 1)) != 1.0:
+            return Refused("a mask added with a factor (alpha)", node)
+        if len(opened) == 1 and len(closed) == 1:
+            return Found(facts={"mask": [MaskTerm(kind="add", node=closed[0])]}, nodes=(node,), next=opened[0])
+        if len(opened) == 2:
+            return Refused("what is added to the scores depends on the values that the model reads", node)
+        return ABSENT
+
+    def _where(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        keep, scores, fill = node.args
+        kind = "keep"
+        if graph.constant(scores) is not None:
+            scores, fill, kind = fill, scores, "drop"
+        if graph.is_open(keep):
+            return Refused("the mask depends on the values that the model reads", node)
+        return self._closed(node, keep, scores, graph.constant(fill), kind)
+
+    def _filled(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        scores, drop, fill = node.args
+        if graph.is_open(drop):
+            return Refused("the mask depends on the values that the model reads", node)
+        return self._closed(node, drop, scores, graph.constant(fill), "drop")
+
+    @staticmethod
+    def _closed(node: fx.Node, mask: Any, scores: Any, fill: float | None, kind: str) -> Result:
+        if fill is None or fill > _HIDDEN or not isinstance(scores, fx.Node):
+            return Refused(f"masked scores are set to {fill}, which does not hide them", node)
+        return Found(facts={"mask": [MaskTerm(kind=kind, node=mask, fill=fill)]}, nodes=(node,), next=scores)
