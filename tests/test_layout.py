@@ -68,8 +68,10 @@ def allowed(own: str) -> set[str]:
         return {*BASE, own}
     if own in ("mixers", "cache", "ops"):
         return {*BASE, "kernels", "mixers", "cache", "ops"}
+    if own == "hybrid":
+        return {*BASE, "mixers", "cache", "hybrid"}
     if own in STAGES:
-        return {*BASE, *LEAVES, "mixers", "cache", "ops", own, *COMPOSERS.get(own, set())}
+        return {*BASE, *LEAVES, "mixers", "cache", "ops", "hybrid", own, *COMPOSERS.get(own, set())}
     return {p.stem for p in (ROOT / "fla_swap").iterdir()}
 
 

@@ -1,0 +1,229 @@
+"""Constant-size state inside transformers' Cache: one `StateLayer` stands where a key/value layer stood.
+
+To the model around it a `StateLayer` looks like the layer that it replaced (lengths, mask sizes, sliding or not), so
+masks and positions come out as before; what it holds is the mixer's state, whose size does not depend on the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from fla_swap.errors import SwapError
+from fla_swap.mixers import State, TokenMixer
+
+Replay = Callable[[State, int], None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A forward call that may have to be undone: its length, and how to run its first n tokens again on a state."""
+
+    length: int
+    replay: Replay
+
+
+class StateLayer(LinearAttentionLayer, CacheLayerMixin):
+    """The state of one mixer (named tensors, batch first) and the number of tokens it has seen.
+
+    `count` is a tensor in a static cache (so that a compiled step does not depend on it) and an int elsewhere.
+    """
+
+    def __init__(self, stock: CacheLayerMixin):
+        LinearAttentionLayer.__init__(self)
+        CacheLayerMixin.__init__(self)
+        self.stock = stock
+        self.is_sliding = stock.is_sliding
+        self.is_compileable = stock.is_compileable
+        self.state: State = {}
+        self.counts_on_device = isinstance(stock, StaticLayer) and not isinstance(stock, StaticSlidingWindowLayer)
+        self.count: Any = 0
+        self.fresh = True
+        self.packed = False
+        self.calls: list[Call] = []
+        self.snapshot: State = {}
+
+    def prepare(self, mixer: TokenMixer, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Allocate the zero state, at addresses that stay the same from then on. Does nothing the second time."""
+        if self.is_initialized:
+            return
+        self.state = mixer.init_state(batch_size, device=device, dtype=dtype)
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        if self.counts_on_device:
+            self.count = torch.zeros((), dtype=torch.long, device=device)
+        if not torch.compiler.is_dynamo_compiling():
+            for tensor in (*self.state.values(), *([self.count] if self.counts_on_device else [])):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more (negative: fewer)."""
+        if self.counts_on_device:
+            self.count.add_(tokens)
+        else:
+            self.count = self.count + tokens
+        self.fresh = False
+
+    # What transformers asks of every layer.
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        raise SwapError("this layer holds a mixer's state, not keys and values; `prepare` allocates it")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise SwapError(
+            "keys and values reached a layer that holds a mixer's state: this cache was filled by a swapped model "
+            "and is now used with another one; start a new cache"
+        )
+
+    def get_seq_length(self) -> Any:
+        return self.count if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self.stock.get_max_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the keys that a mask would cover had the stock layer stayed here."""
+        if isinstance(self.stock, StaticSlidingWindowLayer):
+            self.stock.cumulative_length_int = self.count
+            return self.stock.get_mask_sizes(query_length)
+        if isinstance(self.stock, DynamicSlidingWindowLayer):
+            self.stock.cumulative_length = self.count
+            return self.stock.get_mask_sizes(query_length)
+        if isinstance(self.stock, StaticLayer):
+            return self.stock.get_mask_sizes(query_length)
+        return self.count + query_length, 0
+
+    def reset(self) -> None:
+        """Back to zero, in place."""
+        for tensor in self.state.values():
+            tensor.zero_()
+        if self.counts_on_device and self.is_initialized:
+            self.count.zero_()
+        else:
+            self.count = 0
+        self.fresh, self.packed = True, False
+        self.forget_calls()
+
+    def offload(self) -> None:
+        self.state = {n: t.to("cpu", non_blocking=True) for n, t in self.state.items()}
+
+    def prefetch(self) -> None:
+        self.state = {n: t.to(self.device, non_blocking=True) for n, t in self.state.items()}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row b becomes the old row beam_idx[b], at the same addresses."""
+        for tensor in self.state.values():
+            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.forget_calls()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._replace({n: t.repeat_interleave(repeats, dim=0) for n, t in self.state.items()})
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._replace({n: t[indices] for n, t in self.state.items()})
+
+    def _replace(self, state: State) -> None:
+        self.state = state
+        if state:
+            self.batch_size = next(iter(state.values())).shape[0]
+        self.forget_calls()
+
+    # Rollback: between `activate_past_recording` and `crop`, the state at the start and the calls since are kept.
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def record(self, length: int, replay: Replay) -> None:
+        """Before a call that will change the state: remember the state (once) and how to repeat the call."""
+        if not self.calls:
+            self.snapshot = {n: t.clone() for n, t in self.state.items()}
+        self.calls.append(Call(length, replay))
+
+    def forget_calls(self) -> None:
+        self.calls, self.snapshot = [], {}
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Undo the last tokens: restore the remembered state and run the tokens that stay again.
+
+        `tokens_to_remove` is negative (transformers' convention; a positive number is a length to crop to), and 0
+        accepts everything so far. SwapError when those tokens were not recorded.
+        """
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(tokens_to_remove - int(self.count), 0)
+        elif tokens_to_remove == 0:
+            self.forget_calls()
+        if tokens_to_remove == 0:
+            return
+        recorded = sum(call.length for call in self.calls)
+        left = recorded + tokens_to_remove
+        if left < 0:
+            raise SwapError(
+                f"crop({tokens_to_remove}): a linear layer can undo only what was recorded since "
+                f"`activate_past_recording` or the last crop, {recorded} tokens; run the shorter sequence anew"
+            )
+        for name, tensor in self.snapshot.items():
+            self.state[name].copy_(tensor)
+        for call in self.calls:
+            length = min(call.length, left)
+            if length:
+                call.replay(self.state, length)
+            left -= length
+        self.advance(tokens_to_remove)
+        self.forget_calls()
+
+
+def state_layer(cache: Any, index: int, mixer: TokenMixer, hidden_states: Tensor) -> StateLayer:
+    """The state of layer `index` in `cache`, put there and allocated the first time.
+
+    Raises:
+        SwapError: the cache is of a kind that cannot hold states, or this layer already holds keys and values.
+    """
+    cache = getattr(cache, "self_attention_cache", cache)
+    if not isinstance(cache, Cache):
+        raise SwapError(f"a swapped layer needs a transformers Cache, got {type(cache).__name__}")
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if not isinstance(layer, StateLayer):
+        layer = _replacement(layer, index)
+        cache.layers[index] = layer
+    layer.prepare(mixer, hidden_states.shape[0], hidden_states.device, hidden_states.dtype)
+    if layer.packed:
+        raise SwapError(
+            f"layer {index}: the cache was filled by a packed batch (cu_seq_lens_q), which leaves no state to go on "
+            "from; pass use_cache=False there, or prefill without packing"
+        )
+    return layer
+
+
+def _replacement(stock: Any, index: int) -> StateLayer:
+    if not isinstance(stock, (DynamicLayer, StaticLayer)):
+        raise SwapError(
+            f"cache layer {index} is a {type(stock).__name__}; states can replace only dynamic and static layers"
+        )
+    if stock.is_initialized:
+        raise SwapError(
+            f"cache layer {index} already holds keys and values of the model before the swap; start a new cache"
+        )
+    return StateLayer(stock)
+
+
+def state_bytes(cache: Cache) -> int:
+    """Bytes that the mixers' states take in `cache`: independent of the sequence length."""
+    layers = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
+    return sum(t.numel() * t.element_size() for layer in layers for t in layer.state.values())

@@ -1,0 +1,348 @@
+"""A swapped layer, and the classes of a model that has some: what `swap_` puts in, what a saved model is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fla_swap.cache import StateLayer, state_layer
+from fla_swap.errors import CheckpointError, SwapError
+from fla_swap.mixers import State, TokenMixer, mixer_class
+from fla_swap.types import ArgPath, AttentionSite, SwapPlan, from_jsonable, to_jsonable
+
+MODEL_TYPE = "fla_swap"
+SHIM = "modeling_fla_swap.py"
+AUTO_MAP = {"AutoConfig": "modeling_fla_swap.FlaSwapConfig", "AutoModelForCausalLM": "modeling_fla_swap.FlaSwapModel"}
+
+
+class SwappedAttention(nn.Module):
+    """A mixer in the place of an attention module: called as that was called, returning what that returned.
+
+    `mixer` is trained and saved. `original` is the module that stood here, or None in a model loaded from disk; it
+    follows `.to()` and `.train()`, but is in neither `parameters()` nor `state_dict()`.
+    """
+
+    def __init__(self, site: AttentionSite, mixer: TokenMixer, original: nn.Module, *, keep_original: bool = True):
+        super().__init__()
+        for name, value in vars(original).items():
+            if not name.startswith("_") and name != "training" and _is_plain(value):
+                setattr(self, name, value)
+        self.site, self.call, self.mixer = site, site.call, mixer
+        self._original = (original,) if keep_original else ()
+        self.use_original = False
+        self.train(original.training)
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The attention that stood here, or None."""
+        return self._original[0] if self._original else None
+
+    def drop_original(self) -> None:
+        """Free the attention that stood here; `restore_` is not possible any more."""
+        self._original = ()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SwappedAttention:
+        super()._apply(fn, recurse)
+        for module in self._original:
+            module._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> SwappedAttention:
+        super().train(mode)
+        for module in getattr(self, "_original", ()):
+            module.train(mode)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.site.fqn}: {self.mixer.name}"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the owner of `site` is called; `site.call` says where the arguments are and what is returned."""
+        if self.use_original:
+            return self._original[0](*args, **kwargs)
+        call = self.call
+        hidden = fetch(call.hidden, args, kwargs)
+        mask = fetch(call.mask, args, kwargs)
+        cache = fetch(call.cache, args, kwargs)
+        cos, sin = fetch(call.cos, args, kwargs), fetch(call.sin, args, kwargs)
+        where: dict[str, Any] = {
+            "positions": fetch(call.positions, args, kwargs),
+            "cos_sin": None if cos is None or sin is None else (cos, sin),
+        }
+        packed = kwargs.get("cu_seq_lens_q")
+        if self.mixer.uses_kv_cache:
+            mixed = self._with_keys(hidden, mask, cache, packed, where)
+        else:
+            mixed = self._with_state(hidden, mask, cache, packed, where)
+        return self._pack(mixed)
+
+    def _pack(self, mixed: Tensor) -> Any:
+        call = self.call
+        if call.outputs is None:
+            return mixed
+        return tuple(mixed if i == call.output_index else None for i in range(call.outputs))
+
+    def _with_keys(self, hidden: Tensor, mask: Any, cache: Any, packed: Any, where: dict[str, Any]) -> Tensor:
+        """A mixer that keeps keys and values, in the model's own cache and under the model's own mask."""
+        tokens = hidden.shape[1]
+        padding = mask is not None and mask.dim() == 2
+        # Without a mask, several tokens are a whole sequence: keys beyond them are the empty part of a static cache.
+        whole = mask is None and tokens > 1 and not self._flash()
+
+        def update(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = cache.update(keys, values, self.call.cache_index)
+            return (keys[:, :, :tokens], values[:, :, :tokens]) if whole else (keys, values)
+
+        if cache is not None:
+            self._place(where, cache.get_seq_length(self.call.cache_index), hidden)
+        mixed, _ = self.mixer(
+            hidden,
+            valid=mask != 0 if padding else None,
+            starts=self._starts_from_positions(mask, cache, where),
+            cu_seqlens=packed if mask is None else None,
+            attention_mask=None if padding else mask,
+            kv_update=None if cache is None else update,
+            **where,
+        )
+        return mixed
+
+    def _with_state(self, hidden: Tensor, mask: Any, cache: Any, packed: Any, where: dict[str, Any]) -> Tensor:
+        """A mixer with a state of constant size."""
+        tokens = hidden.shape[1]
+        layer = None
+        if cache is not None:
+            layer = state_layer(cache, self._cache_index(), self.mixer, hidden)
+            self._place(where, layer.get_seq_length(), hidden)
+        valid = starts = None
+        if packed is None and tokens > 1:
+            valid, starts = read_mask(mask, hidden, 0 if layer is None else layer.get_seq_length())
+            if starts is None:
+                starts = self._starts_from_positions(mask, cache, where)
+        arguments = {**where, "valid": valid, "starts": starts, "cu_seqlens": packed}
+        if layer is None:
+            return self.mixer(hidden, **arguments)[0]
+        if packed is not None:
+            layer.packed = True
+            mixed, _ = self.mixer(hidden, **arguments)
+        else:
+            mixed = self._step(layer, hidden, arguments)
+        layer.advance(tokens)
+        return mixed
+
+    def _step(self, layer: StateLayer, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Run the mixer on the cached state, which changes in place."""
+        if layer.record_past:
+            layer.record(hidden.shape[1], partial(self._replay, hidden, arguments))
+        if not torch.is_grad_enabled():
+            return self.mixer(hidden, state=layer.state, **arguments)[0]
+        # Backward needs the state as it was: work on a copy.
+        before = None if layer.fresh else {n: t.clone() for n, t in layer.state.items()}
+        mixed, after = self.mixer(hidden, state=before, output_state=True, **arguments)
+        for name, tensor in layer.state.items():
+            tensor.copy_(after[name].detach())
+        return mixed
+
+    @torch.no_grad()
+    def _replay(self, hidden: Tensor, arguments: dict[str, Any], state: State, tokens: int) -> None:
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(v) for v in value)
+            return value if value is None else value[:, :tokens]
+
+        self.mixer(cut(hidden), state=state, **{n: cut(v) for n, v in arguments.items()})
+
+    def _place(self, where: dict[str, Any], seen: Any, hidden: Tensor) -> None:
+        """Positions after `seen` tokens, for a mixer that rotates and is told no position."""
+        if self.site.rope is not None and where["positions"] is None and where["cos_sin"] is None:
+            where["positions"] = torch.arange(hidden.shape[1], device=hidden.device)[None] + seen
+
+    def _starts_from_positions(self, mask: Any, cache: Any, where: dict[str, Any]) -> Tensor | None:
+        """Documents of a packed batch told by position 0: where attention gets no mask and reads the positions itself.
+
+        Elsewhere the model turns packed positions into a mask, and no mask means one document.
+        """
+        positions = where["positions"]
+        if mask is not None or cache is not None or positions is None or not self._flash():
+            return None
+        return positions == 0
+
+    def _flash(self) -> bool:
+        return "flash" in (getattr(getattr(self, "config", None), "_attn_implementation", None) or "")
+
+    def _cache_index(self) -> int:
+        if self.call.cache_index is None:
+            raise SwapError(
+                f"{self.site.fqn}: a cache was passed, but its contract does not say which layer it is there"
+            )
+        return self.call.cache_index
+
+
+def _is_plain(value: Any) -> bool:
+    """Facts that the code around an attention module may read from it: numbers, names, the model's config."""
+    return value is None or isinstance(value, (bool, int, float, str, PreTrainedConfig))
+
+
+def fetch(path: ArgPath | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The argument that `path` points to in a call, or None when it is not passed."""
+    if path is None:
+        return None
+    value = None
+    if path.keyword is not None and path.keyword in kwargs:
+        value = kwargs[path.keyword]
+    elif path.position is not None and path.position < len(args):
+        value = args[path.position]
+    return value if value is None or path.item is None else value[path.item]
+
+
+def read_mask(mask: Any, hidden: Tensor, seen: Any) -> tuple[Tensor | None, Tensor | None]:
+    """What a model's attention mask says about the new tokens, as (valid, starts), bool [B, T] each, or None.
+
+    Args:
+        mask: None; [B, S], nonzero for tokens; or [B or 1, 1 or H, T, S], bool (True is seen) or additive. A token that
+            does not see itself is padding; one that sees itself and not its predecessor starts a document.
+        hidden: [B, T, D].
+        seen: tokens already in the state, an int or a tensor: query t stands at key min(seen, S − T) + t.
+    """
+    if mask is None:
+        return None, None
+    batch, tokens = hidden.shape[:2]
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise SwapError(f"a swapped layer reads masks of 2 or 4 dimensions, got {type(mask).__name__}")
+    if mask.dim() == 2:
+        return (mask[:, -tokens:] != 0).expand(batch, tokens), None
+    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    room = mask.shape[-1] - tokens
+    query = torch.arange(tokens, device=mask.device)
+    key = query + (seen.clamp(max=room) if isinstance(seen, Tensor) else min(seen, room))
+    valid = sees[:, query, key]
+    starts = ~sees[:, query, (key - 1).clamp(min=0)] & (key > 0)
+    return valid.expand(batch, tokens), starts.expand(batch, tokens)
+
+
+def install(model: nn.Module, fqn: str, module: nn.Module) -> None:
+    """Put `module` at `fqn` of `model`."""
+    parent, _, name = fqn.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def install_structure(model: nn.Module, plan: SwapPlan) -> None:
+    """Replace the planned layers by untrained mixers, without originals: what loading a checkpoint fills in."""
+    for layer in plan.layers:
+        kind = mixer_class(layer.mixer)
+        owner = model.get_submodule(layer.site.fqn)
+        mixer = kind(kind.config_for(layer.site, layer.options))
+        dtype = next((p.dtype for p in owner.parameters() if p.is_floating_point()), None)
+        swapped = SwappedAttention(layer.site, mixer.to(dtype=dtype), owner, keep_original=False)
+        install(model, layer.site.fqn, swapped)
+
+
+class HybridConfig:
+    """Mixed in before a model's own config class. In memory the model type stays; on disk it is ours, with the plan."""
+
+    fla_swap: dict[str, Any]
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        data = json.loads(cast(Any, super()).to_json_string(use_diff))
+        return json.dumps({**data, "model_type": MODEL_TYPE, "auto_map": AUTO_MAP}, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        data = {**config_dict, "model_type": cls.model_type}  # type: ignore[attr-defined]
+        data.pop("auto_map", None)
+        return cast(Any, super()).from_dict(data, **kwargs)
+
+    def swap_plan(self) -> SwapPlan:
+        """The plan that this model was swapped by."""
+        return from_jsonable(SwapPlan, self.fla_swap["plan"])
+
+
+class HybridModel:
+    """Mixed in before a model's own class: builds the swapped structure, and does not overwrite another model."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        install_structure(cast(nn.Module, self), config.swap_plan())
+        cast(PreTrainedModel, self).post_init()
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """As transformers', with a CheckpointError when the folder holds another model."""
+        refuse_other_model(Path(save_directory), cast(Any, self).config)
+        result = cast(Any, super()).save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            shim = '"""Loads this model when trust_remote_code=True; needs the package fla_swap."""\n\n'
+            shim += "from fla_swap.checkpoint import FlaSwapConfig, FlaSwapModel  # noqa: F401\n"
+            (Path(save_directory) / SHIM).write_text(shim, encoding="utf-8")
+        return result
+
+
+_classes: dict[type, type] = {}
+
+
+def hybrid_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The subclass of a config class that carries a plan; the same one every time."""
+    if issubclass(base, HybridConfig):
+        return base
+    if base not in _classes:
+        _classes[base] = type(f"FlaSwap{base.__name__}", (HybridConfig, base), {"__module__": __name__})
+    return _classes[base]
+
+
+def hybrid_model_class(base: type[PreTrainedModel], config_base: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The subclass of a model class whose `__init__` installs the plan of its config; the same one every time.
+
+    It claims the module of its base, because transformers treats models from elsewhere as custom code and then skips
+    its weight conversions.
+    """
+    if issubclass(base, HybridModel):
+        return base
+    if base not in _classes:
+        content = {"__module__": base.__module__, "config_class": hybrid_config_class(config_base)}
+        _classes[base] = type(f"FlaSwap{base.__name__}", (HybridModel, base), content)
+    return _classes[base]
+
+
+def become_hybrid(model: PreTrainedModel, plan: SwapPlan) -> None:
+    """Give a model and its config their hybrid classes, in place."""
+    config = model.config
+    described = {
+        "base_model_type": config.model_type,
+        "base_architecture": type(model).__name__,
+        "plan": json.loads(json.dumps(to_jsonable(plan))),
+    }
+    model.__class__ = hybrid_model_class(type(model), type(config))
+    config.__class__ = hybrid_config_class(type(config))
+    cast(Any, config).fla_swap = described
+
+
+def become_plain(model: PreTrainedModel) -> None:
+    """Undo `become_hybrid`."""
+    model.__class__ = type(model).__mro__[2]
+    model.config.__class__ = type(model.config).__mro__[2]
+    del cast(Any, model.config).fla_swap
+
+
+def refuse_other_model(folder: Path, config: Any) -> None:
+    """CheckpointError when `folder` holds a model that is not the one `config` describes (plan and base type)."""
+    path = folder / "config.json"
+    if not path.exists():
+        weights = sorted(p.name for p in folder.glob("*.safetensors")) if folder.is_dir() else []
+        if weights:
+            raise CheckpointError(f"{folder} holds weights ({weights[0]}) without a config.json; save elsewhere")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); save elsewhere") from error
+    if found.get("model_type") != MODEL_TYPE or found.get("fla_swap") != getattr(config, "fla_swap", None):
+        what = found.get("model_type")
+        raise CheckpointError(
+            f"{folder} holds another model (model_type {what!r}{', another plan' if what == MODEL_TYPE else ''}); "
+            "nothing was written. Save elsewhere, or replace it: fla_swap.checkpoint.save(model, folder, overwrite=True)"
+        )
