@@ -1,0 +1,1 @@
+"""Measurements of speed and accuracy, each a module that runs with `python -m`."""
