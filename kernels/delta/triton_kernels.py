@@ -1,0 +1,511 @@
+"""The Triton kernels of the gated delta rule. Simple and separate: one quantity each, README.md has the algebra.
+
+Every kernel but the state walks has one program per (chunk slot, value head) and works on 64×64 tiles: chunks are 64
+tokens, K and V are cut into tiles of 64, the rest is masked. `chunks` [C, 2] int64 holds (first row, rows) of each slot
+in the token-major arrays [B·T, heads, D]; `sequences` [N, 2] int64 holds (first slot, slots). Scratch arrays are
+[C, HV, 64, D] or [C, HV, K, V]. Rows past a chunk's end are read as zeros, so their gates repeat the last one.
+"""
+
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnbound=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+L = tl.constexpr(64)
+EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def _load(x, row0, rows, stride, col0, width):
+    """The [64, 64] tile of rows row0.. and columns col0..; zeros past `rows` rows or `width` columns."""
+    i = tl.arange(0, L)
+    d = col0 + tl.arange(0, L)
+    inside = (i < rows)[:, None] & (d < width)[None, :]
+    return tl.load(x + (row0 + i)[:, None] * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(x, value, row0, rows, stride, col0, width):
+    i = tl.arange(0, L)
+    d = col0 + tl.arange(0, L)
+    inside = (i < rows)[:, None] & (d < width)[None, :]
+    tl.store(x + (row0 + i)[:, None] * stride + d[None, :], value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_column(x, row0, rows, stride):
+    """64 numbers, one per row, as fp32."""
+    i = tl.arange(0, L)
+    return tl.load(x + (row0 + i) * stride, mask=i < rows, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _decay(gates):
+    """e^(G_i − G_j) for i ≥ j, zero above: the exponent is never positive."""
+    i = tl.arange(0, L)
+    return tl.exp(tl.where(i[:, None] >= i[None, :], gates[:, None] - gates[None, :], float("-inf")))
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """a @ b in fp32. "interpreted": Triton's interpreter cannot multiply bf16, so it gets the same values as fp32."""
+    if PRECISION == "interpreted":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def norm_kernel(x, y, count, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr):
+    """y = x / sqrt(Σ x² + eps), row by row."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BK)
+    inside = (r < count)[:, None] & (d < K)[None, :]
+    at = r[:, None] * K + d[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, 1) + EPS)[:, None]
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_backward_kernel(x, dy, dx, count, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BK)
+    inside = (r < count)[:, None] & (d < K)[None, :]
+    at = r[:, None] * K + d[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    norm = tl.rsqrt(tl.sum(value * value, 1) + EPS)[:, None]
+    value = value * norm
+    grad = norm * (grad - value * tl.sum(value * grad, 1)[:, None])
+    tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gates_kernel(g, gates, chunks, HV: tl.constexpr):
+    """gates [C, HV, 64]: g summed from the chunk's start, the row itself included, as a masked sum."""
+    slot = tl.program_id(0).to(tl.int64)
+    c, h = slot // HV, slot % HV
+    row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    i = tl.arange(0, L)
+    value = _load_column(g + h, row0, rows, HV)
+    total = tl.sum(tl.where(i[None, :] <= i[:, None], value[None, :], 0.0), 1)
+    tl.store(gates + slot * L + i, total)
+
+
+@triton.jit
+def inverse_kernel(
+    k, beta, gates, inverse, chunks,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """(I + N)⁻¹, N_ij = β_i (k_i·k_j) e^(G_i − G_j) below the diagonal, in fp32.
+
+    Diagonal blocks of 2, 4, … 64 are inverted in turn: [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ C A⁻¹, B⁻¹]].
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    c, h = slot // HV, slot % HV
+    row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    k += (h // (HV // H)) * K
+    lower = tl.zeros((L, L), dtype=tl.float32)
+    for k0 in range(0, K, L):
+        key = _load(k, row0, rows, H * K, k0, K)
+        lower += _dot(key, tl.trans(key), PRECISION)
+    i = tl.arange(0, L)[:, None]
+    j = tl.arange(0, L)[None, :]
+    lower *= _decay(_load_column(gates, slot * L, L, 1)) * _load_column(beta + h, row0, rows, HV)[:, None]
+    lower = tl.where(i > j, lower, 0.0)
+    result = tl.where(i == j, 1.0, 0.0) - tl.where((i >> 1) == (j >> 1), lower, 0.0)
+    for level in range(1, 6):
+        pairs = ((i >> (level + 1)) == (j >> (level + 1))) & ((i >> level) != (j >> level))
+        left = tl.dot(result, tl.where(pairs, lower, 0.0), input_precision=INVERSE)
+        result -= tl.dot(left, result, input_precision=INVERSE)
+    _store(inverse + slot * L * L, result, 0, L, L, 0, L)
+
+
+@triton.jit
+def apply_kernel(
+    x, beta, gates, inverse, out, chunks,
+    HX: tl.constexpr, HV: tl.constexpr, D: tl.constexpr, GROW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = T (β x), or T (β e^G x) with GROW: u from v, w from k. One program per (slot, head) and 64 columns."""
+    slot = tl.program_id(0).to(tl.int64)
+    c, h = slot // HV, slot % HV
+    d0 = tl.program_id(1) * L
+    row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    factor = _load_column(beta + h, row0, rows, HV)
+    if GROW:
+        factor *= tl.exp(_load_column(gates, slot * L, L, 1))
+    tile = _load(x + (h // (HV // HX)) * D, row0, rows, HX * D, d0, D).to(tl.float32) * factor[:, None]
+    matrix = _load(inverse + slot * L * L, 0, L, L, 0, L)
+    _store(out + slot * L * D, _dot(matrix, tile, PRECISION), 0, L, D, d0, D)
+
+
+@triton.jit
+def state_kernel(
+    w, u, k, gates, initial, states, v_new, final, chunks, sequences,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Carry S over the chunks of one sequence and head, 64 value columns: v_new = u − w S, S ← e^G_last S + kᵀ v_new.
+
+    S lives in up to four tiles of 64 key rows.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    n, h = pid // HV, pid % HV
+    v0 = tl.program_id(1) * L
+    first, count = tl.load(sequences + 2 * n), tl.load(sequences + 2 * n + 1)
+    k += (h // (HV // H)) * K
+    initial += pid * K * V
+    s0 = tl.zeros((L, L), dtype=tl.float32)
+    s1, s2, s3 = s0, s0, s0
+    if HAS_INITIAL:
+        s0 = _load(initial, 0, K, V, v0, V).to(tl.float32)
+        if K > 64:
+            s1 = _load(initial, 64, K - 64, V, v0, V).to(tl.float32)
+        if K > 128:
+            s2 = _load(initial, 128, K - 128, V, v0, V).to(tl.float32)
+        if K > 192:
+            s3 = _load(initial, 192, K - 192, V, v0, V).to(tl.float32)
+    for c in range(first, first + count):
+        row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+        slot = c * HV + h
+        start, w_at = states + slot * K * V, w + slot * L * K
+        value = _load(u + slot * L * V, 0, L, V, v0, V).to(tl.float32)
+        low = s0.to(w.dtype.element_ty)
+        _store(start, low, 0, K, V, v0, V)
+        value -= _dot(_load(w_at, 0, L, K, 0, K), low, PRECISION)
+        if K > 64:
+            low = s1.to(w.dtype.element_ty)
+            _store(start, low, 64, K - 64, V, v0, V)
+            value -= _dot(_load(w_at, 0, L, K, 64, K), low, PRECISION)
+        if K > 128:
+            low = s2.to(w.dtype.element_ty)
+            _store(start, low, 128, K - 128, V, v0, V)
+            value -= _dot(_load(w_at, 0, L, K, 128, K), low, PRECISION)
+        if K > 192:
+            low = s3.to(w.dtype.element_ty)
+            _store(start, low, 192, K - 192, V, v0, V)
+            value -= _dot(_load(w_at, 0, L, K, 192, K), low, PRECISION)
+        _store(v_new + slot * L * V, value, 0, L, V, v0, V)
+        gate = _load_column(gates, slot * L, L, 1)
+        last = tl.load(gates + slot * L + L - 1)
+        value = (value * tl.exp(last - gate)[:, None]).to(k.dtype.element_ty)
+        total = tl.exp(last)
+        key = tl.trans(_load(k, row0, rows, H * K, 0, K))
+        s0 = s0 * total + _dot(key, value, PRECISION)
+        if K > 64:
+            key = tl.trans(_load(k, row0, rows, H * K, 64, K))
+            s1 = s1 * total + _dot(key, value, PRECISION)
+        if K > 128:
+            key = tl.trans(_load(k, row0, rows, H * K, 128, K))
+            s2 = s2 * total + _dot(key, value, PRECISION)
+        if K > 192:
+            key = tl.trans(_load(k, row0, rows, H * K, 192, K))
+            s3 = s3 * total + _dot(key, value, PRECISION)
+    final += pid * K * V
+    _store(final, s0, 0, K, V, v0, V)
+    if K > 64:
+        _store(final, s1, 64, K - 64, V, v0, V)
+    if K > 128:
+        _store(final, s2, 128, K - 128, V, v0, V)
+    if K > 192:
+        _store(final, s3, 192, K - 192, V, v0, V)
+
+
+@triton.jit
+def output_kernel(
+    q, k, v_new, states, gates, o, chunks, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o = scale (e^G q S + ((q kᵀ) ∘ decay) v_new), 64 value columns."""
+    slot = tl.program_id(0).to(tl.int64)
+    c, h = slot // HV, slot % HV
+    v0 = tl.program_id(1) * L
+    row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    q += (h // (HV // H)) * K
+    k += (h // (HV // H)) * K
+    through = tl.zeros((L, L), dtype=tl.float32)
+    scores = tl.zeros((L, L), dtype=tl.float32)
+    for k0 in range(0, K, L):
+        query = _load(q, row0, rows, H * K, k0, K)
+        key = _load(k, row0, rows, H * K, k0, K)
+        state = _load(states + slot * K * V, k0, K - k0, V, v0, V)
+        through += _dot(query, state, PRECISION)
+        scores += _dot(query, tl.trans(key), PRECISION)
+    gate = _load_column(gates, slot * L, L, 1)
+    value = _load(v_new + slot * L * V, 0, L, V, v0, V)
+    scores = (scores * _decay(gate)).to(value.dtype)
+    result = through * tl.exp(gate)[:, None] + _dot(scores, value, PRECISION)
+    _store(o + h * V, result * scale, row0, rows, HV * V, v0, V)
+
+
+@triton.jit
+def dv_kernel(
+    q, k, d_o, gates, dv, chunks, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv [C, HV, 64, V] = scale ((q kᵀ) ∘ decay)ᵀ do: what v_new receives from its own chunk's outputs."""
+    slot = tl.program_id(0).to(tl.int64)
+    c, h = slot // HV, slot % HV
+    v0 = tl.program_id(1) * L
+    row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    q += (h // (HV // H)) * K
+    k += (h // (HV // H)) * K
+    scores = tl.zeros((L, L), dtype=tl.float32)
+    for k0 in range(0, K, L):
+        query = _load(q, row0, rows, H * K, k0, K)
+        key = _load(k, row0, rows, H * K, k0, K)
+        scores += _dot(query, tl.trans(key), PRECISION)
+    grad = _load(d_o + h * V, row0, rows, HV * V, v0, V)
+    scores = (scores * _decay(_load_column(gates, slot * L, L, 1)) * scale).to(grad.dtype)
+    result = _dot(tl.trans(scores), grad, PRECISION)
+    _store(dv + slot * L * V, result, 0, L, V, v0, V)
+
+
+@triton.jit
+def state_backward_kernel(
+    q, k, w, d_o, gates, d_final, d_states, dv, dv_new, d_initial, chunks, sequences, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Carry dS from the last chunk to the first. Stores dS at each chunk's end; dv_new = dv + the state's part."""
+    pid = tl.program_id(0).to(tl.int64)
+    n, h = pid // HV, pid % HV
+    v0 = tl.program_id(1) * L
+    first, count = tl.load(sequences + 2 * n), tl.load(sequences + 2 * n + 1)
+    q += (h // (HV // H)) * K
+    k += (h // (HV // H)) * K
+    d_final += pid * K * V
+    s0 = tl.zeros((L, L), dtype=tl.float32)
+    s1, s2, s3 = s0, s0, s0
+    if HAS_FINAL:
+        s0 = _load(d_final, 0, K, V, v0, V).to(tl.float32)
+        if K > 64:
+            s1 = _load(d_final, 64, K - 64, V, v0, V).to(tl.float32)
+        if K > 128:
+            s2 = _load(d_final, 128, K - 128, V, v0, V).to(tl.float32)
+        if K > 192:
+            s3 = _load(d_final, 192, K - 192, V, v0, V).to(tl.float32)
+    for step in range(0, count):
+        c = first + count - 1 - step
+        row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+        slot = c * HV + h
+        end, w_at = d_states + slot * K * V, w + slot * L * K
+        low = s0.to(k.dtype.element_ty)
+        _store(end, low, 0, K, V, v0, V)
+        value = _dot(_load(k, row0, rows, H * K, 0, K), low, PRECISION)
+        if K > 64:
+            low = s1.to(k.dtype.element_ty)
+            _store(end, low, 64, K - 64, V, v0, V)
+            value += _dot(_load(k, row0, rows, H * K, 64, K), low, PRECISION)
+        if K > 128:
+            low = s2.to(k.dtype.element_ty)
+            _store(end, low, 128, K - 128, V, v0, V)
+            value += _dot(_load(k, row0, rows, H * K, 128, K), low, PRECISION)
+        if K > 192:
+            low = s3.to(k.dtype.element_ty)
+            _store(end, low, 192, K - 192, V, v0, V)
+            value += _dot(_load(k, row0, rows, H * K, 192, K), low, PRECISION)
+        gate = _load_column(gates, slot * L, L, 1)
+        last = tl.load(gates + slot * L + L - 1)
+        value = value * tl.exp(last - gate)[:, None] + _load(dv + slot * L * V, 0, L, V, v0, V).to(tl.float32)
+        _store(dv_new + slot * L * V, value, 0, L, V, v0, V)
+        value = value.to(k.dtype.element_ty)
+        grad = _load(d_o + h * V, row0, rows, HV * V, v0, V).to(tl.float32)
+        grad = (grad * (tl.exp(gate) * scale)[:, None]).to(k.dtype.element_ty)
+        total = tl.exp(last)
+        s0 = s0 * total + _dot(tl.trans(_load(q, row0, rows, H * K, 0, K)), grad, PRECISION)
+        s0 -= _dot(tl.trans(_load(w_at, 0, L, K, 0, K)), value, PRECISION)
+        if K > 64:
+            s1 = s1 * total + _dot(tl.trans(_load(q, row0, rows, H * K, 64, K)), grad, PRECISION)
+            s1 -= _dot(tl.trans(_load(w_at, 0, L, K, 64, K)), value, PRECISION)
+        if K > 128:
+            s2 = s2 * total + _dot(tl.trans(_load(q, row0, rows, H * K, 128, K)), grad, PRECISION)
+            s2 -= _dot(tl.trans(_load(w_at, 0, L, K, 128, K)), value, PRECISION)
+        if K > 192:
+            s3 = s3 * total + _dot(tl.trans(_load(q, row0, rows, H * K, 192, K)), grad, PRECISION)
+            s3 -= _dot(tl.trans(_load(w_at, 0, L, K, 192, K)), value, PRECISION)
+    d_initial += pid * K * V
+    _store(d_initial, s0, 0, K, V, v0, V)
+    if K > 64:
+        _store(d_initial, s1, 64, K - 64, V, v0, V)
+    if K > 128:
+        _store(d_initial, s2, 128, K - 128, V, v0, V)
+    if K > 192:
+        _store(d_initial, s3, 192, K - 192, V, v0, V)
+
+
+@triton.jit
+def apply_backward_kernel(
+    v, beta, inverse, dv_new, du, dv, d_factor, chunks,
+    HV: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """du = Tᵀ dv_new (of β v, also what the other gradients start from), dv = β du, and β's part from v."""
+    slot = tl.program_id(0).to(tl.int64)
+    c, h = slot // HV, slot % HV
+    row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    factor = _load_column(beta + h, row0, rows, HV)
+    matrix = tl.trans(_load(inverse + slot * L * L, 0, L, L, 0, L))
+    along = tl.zeros((L,), dtype=tl.float32)
+    for v0 in range(0, V, L):
+        grad = _load(dv_new + slot * L * V, 0, L, V, v0, V).to(tl.float32)
+        grad = _dot(matrix, grad, PRECISION)
+        _store(du + slot * L * V, grad, 0, L, V, v0, V)
+        _store(dv + h * V, grad * factor[:, None], row0, rows, HV * V, v0, V)
+        along += tl.sum(grad * _load(v + h * V, row0, rows, HV * V, v0, V).to(tl.float32), 1)
+    tl.store(d_factor + slot * L + tl.arange(0, L), along)
+
+
+@triton.jit
+def pair_backward_kernel(
+    q, k, beta, d_o, v_new, du, gates, d_qk, d_kk, d_gates, d_factor, chunks, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the two 64×64 products q kᵀ and k kᵀ, and what passes through them to G and β."""
+    slot = tl.program_id(0).to(tl.int64)
+    c, h = slot // HV, slot % HV
+    row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    q += (h // (HV // H)) * K
+    k += (h // (HV // H)) * K
+    d_scores = tl.zeros((L, L), dtype=tl.float32)
+    d_lower = tl.zeros((L, L), dtype=tl.float32)
+    for v0 in range(0, V, L):
+        value = tl.trans(_load(v_new + slot * L * V, 0, L, V, v0, V))
+        grad = _load(d_o + h * V, row0, rows, HV * V, v0, V)
+        d_scores += _dot(grad, value, PRECISION)
+        d_lower -= _dot(_load(du + slot * L * V, 0, L, V, v0, V), value, PRECISION)
+    decay = _decay(_load_column(gates, slot * L, L, 1))
+    i = tl.arange(0, L)
+    below = i[:, None] > i[None, :]
+    factor = _load_column(beta + h, row0, rows, HV)
+    d_scores *= decay * scale
+    d_lower = tl.where(below, d_lower * decay, 0.0)
+    scores = tl.zeros((L, L), dtype=tl.float32)
+    overlap = tl.zeros((L, L), dtype=tl.float32)
+    for k0 in range(0, K, L):
+        key = _load(k, row0, rows, H * K, k0, K)
+        scores += _dot(_load(q, row0, rows, H * K, k0, K), tl.trans(key), PRECISION)
+        overlap += _dot(key, tl.trans(key), PRECISION)
+    overlap *= d_lower
+    pair = tl.where(below, d_scores * scores, 0.0) + overlap * factor[:, None]
+    tl.store(d_gates + slot * L + i, tl.sum(pair, 1) - tl.sum(pair, 0))
+    tl.store(d_factor + slot * L + i, tl.sum(overlap, 1))
+    _store(d_qk + slot * L * L, d_scores, 0, L, L, 0, L)
+    _store(d_kk + slot * L * L, d_lower * factor[:, None], 0, L, L, 0, L)
+
+
+@triton.jit
+def qk_backward_kernel(
+    q, k, beta, d_o, v_new, du, states, d_states, gates, d_qk, d_kk, dq, dk, parts, through, chunks, slots, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and dk of 64 key columns, one value head ([B·T, HV, K]).
+
+    `parts` [tile of K, 3, C·HV, 64] gets the columns' shares for the gates ahead, the gates behind, and β;
+    `through` [tile of K, C·HV] that of the whole chunk's decay.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    c, h = slot // HV, slot % HV
+    k0 = tl.program_id(1) * L
+    row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    from_q = tl.zeros((L, L), dtype=tl.float32)
+    from_w = tl.zeros((L, L), dtype=tl.float32)
+    from_s = tl.zeros((L, L), dtype=tl.float32)
+    overlap = tl.zeros((L,), dtype=tl.float32)
+    for v0 in range(0, V, L):
+        state = _load(states + slot * K * V, k0, K - k0, V, v0, V)
+        d_state = _load(d_states + slot * K * V, k0, K - k0, V, v0, V)
+        overlap += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
+        grad = _load(d_o + h * V, row0, rows, HV * V, v0, V)
+        from_q += _dot(grad, tl.trans(state), PRECISION)
+        grad = _load(du + slot * L * V, 0, L, V, v0, V)
+        from_w -= _dot(grad, tl.trans(state), PRECISION)
+        value = _load(v_new + slot * L * V, 0, L, V, v0, V)
+        from_s += _dot(value, tl.trans(d_state), PRECISION)
+    gate = _load_column(gates, slot * L, L, 1)
+    last = tl.load(gates + slot * L + L - 1)
+    factor = _load_column(beta + h, row0, rows, HV)
+    query = _load(q + (h // (HV // H)) * K, row0, rows, H * K, k0, K)
+    key = _load(k + (h // (HV // H)) * K, row0, rows, H * K, k0, K)
+    from_q *= (tl.exp(gate) * scale)[:, None]
+    from_w *= tl.exp(gate)[:, None]
+    from_s *= tl.exp(last - gate)[:, None]
+    d_factor = tl.sum(from_w * key.to(tl.float32), 1)
+    ahead = tl.sum(from_q * query.to(tl.float32), 1) + d_factor * factor
+    behind = tl.sum(from_s * key.to(tl.float32), 1)
+    tile = tl.program_id(1).to(tl.int64)
+    at = parts + (tile * 3 * slots + slot) * L + tl.arange(0, L)
+    tl.store(at, ahead)
+    tl.store(at + slots * L, behind)
+    tl.store(at + 2 * slots * L, d_factor)
+    tl.store(through + tile * slots + slot, tl.sum(overlap, 0) * tl.exp(last))
+    pair = _load(d_qk + slot * L * L, 0, L, L, 0, L)
+    from_q += _dot(pair, key, PRECISION)
+    _store(dq + h * K, from_q, row0, rows, HV * K, k0, K)
+    from_s += from_w * factor[:, None] + _dot(tl.trans(pair), query, PRECISION)
+    pair = _load(d_kk + slot * L * L, 0, L, L, 0, L)
+    from_s += _dot(pair, key, PRECISION)
+    from_s += _dot(tl.trans(pair), key, PRECISION)
+    _store(dk + h * K, from_s, row0, rows, HV * K, k0, K)
+
+
+@triton.jit
+def gates_backward_kernel(
+    parts, through, d_gates, from_pair, from_v, dg, d_beta, chunks, slots,
+    HV: tl.constexpr, TILES: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    """Sum the shares of the key tiles; turn the gradient of G into that of g (sums from and up to each row)."""
+    slot = tl.program_id(0).to(tl.int64)
+    c, h = slot // HV, slot % HV
+    row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    i = tl.arange(0, L)
+    ahead = tl.load(d_gates + slot * L + i)
+    grad = tl.load(from_pair + slot * L + i) + tl.load(from_v + slot * L + i)
+    behind = tl.zeros((L,), dtype=tl.float32)
+    whole = 0.0
+    for tile in tl.static_range(TILES):
+        at = parts + (tile * 3 * slots + slot) * L + i
+        ahead += tl.load(at)
+        behind += tl.load(at + slots * L)
+        grad += tl.load(at + 2 * slots * L)
+        whole += tl.load(through + tile * slots + slot)
+    inside = i < rows
+    tl.store(d_beta + (row0 + i) * HV + h, grad.to(d_beta.dtype.element_ty), mask=inside)
+    if HAS_GATE:
+        total = tl.sum(tl.where(i[None, :] >= i[:, None], ahead[None, :], 0.0), 1)
+        total += tl.sum(tl.where(i[None, :] < i[:, None], behind[None, :], 0.0), 1) + whole
+        tl.store(dg + (row0 + i) * HV + h, total.to(dg.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def step_kernel(
+    q, k, v, g, beta, state, o, tokens, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_GATE: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """Token by token on one head's state, BV value columns, in place."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, h = pid // HV, pid % HV
+    i = tl.arange(0, BK)
+    d = tl.program_id(1) * BV + tl.arange(0, BV)
+    inside = (i < K)[:, None] & (d < V)[None, :]
+    at = state + pid * K * V + i[:, None] * V + d[None, :]
+    s = tl.load(at, mask=inside, other=0.0)
+    for t in range(0, tokens):
+        row = b * tokens + t
+        query = tl.load(q + (row * H + h // (HV // H)) * K + i, mask=i < K, other=0.0).to(tl.float32)
+        key = tl.load(k + (row * H + h // (HV // H)) * K + i, mask=i < K, other=0.0).to(tl.float32)
+        value = tl.load(v + (row * HV + h) * V + d, mask=d < V, other=0.0).to(tl.float32)
+        if NORMALISE:
+            query *= tl.rsqrt(tl.sum(query * query, 0) + EPS)
+            key *= tl.rsqrt(tl.sum(key * key, 0) + EPS)
+        if HAS_GATE:
+            s *= tl.exp(tl.load(g + row * HV + h).to(tl.float32))
+        value -= tl.sum(s * key[:, None], 0)
+        value *= tl.load(beta + row * HV + h).to(tl.float32)
+        s += key[:, None] * value[None, :]
+        result = tl.sum(s * query[:, None], 0) * scale
+        tl.store(o + (row * HV + h) * V + d, result.to(o.dtype.element_ty), mask=d < V)
+    tl.store(at, s, mask=inside)
