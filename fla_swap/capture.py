@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from fla_swap.errors import CaptureError
 from fla_swap.patterns.graph import CapturedGraph
@@ -28,7 +30,8 @@ def capture(model: nn.Module, inputs: Inputs, *, length: int, complete: bool = F
     on_meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if on_meta is not None:
         raise CaptureError(
-            f"parameter {on_meta!r} is on the meta device: it has no values to prove a site with; load the weights first"
+            f"parameter {on_meta!r} is on the meta device: it has no values to prove a site with; "
+            "load the model's weights first"
         )
     args, kwargs = inputs
     modes = {m: m.training for m in model.modules()}
@@ -70,7 +73,7 @@ def _graph(exported: torch.export.ExportedProgram, inputs: Inputs, length: int, 
     for placeholder, name in {**weights, **signature.inputs_to_lifted_tensor_constants}.items():
         values[placeholder] = stored[name]
     data = set()
-    leaves = torch.utils._pytree.tree_leaves(inputs)
+    leaves = tree_leaves(inputs)
     users = [n for n in module.graph.nodes if n.op == "placeholder" and n.name not in values]
     for node, leaf in zip(users, leaves, strict=False):
         if isinstance(leaf, Tensor) and not any(node.name.startswith(name) for name in CLOSED_INPUTS):
@@ -118,7 +121,7 @@ def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, operands: Sequ
             if inner.op == "placeholder":
                 continue
             if inner.op == "output":
-                result = fx.node.map_arg(inner.args[0], lambda n: copies[n])
+                result = map_arg(inner.args[0], lambda n: copies[n])
                 break
             copies[inner] = graph.node_copy(inner, lambda n: copies[n])
             if not copies[inner].meta.get("nn_module_stack"):

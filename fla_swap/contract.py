@@ -1,4 +1,4 @@
-"""How an owner module is called and what it returns, observed in real eager calls by hooks, never guessed from names."""
+"""How an owner module is called and what it returns: observed by hooks in eager calls, never guessed from names."""
 
 from __future__ import annotations
 
@@ -161,15 +161,21 @@ def _outputs(output: Any, size: tuple[int, ...]) -> tuple[int | None, int] | str
 
 
 def _meaning(value: Tensor, site: AttentionSite, valid: Tensor, positions: Tensor | None) -> str | None:
-    batch, length = valid.shape
-    if positions is not None and not value.is_floating_point() and value.shape[-1:] == (length,) and value.dim() <= 2:
-        if value.dtype != torch.bool and torch.equal(value.expand(batch, length).long(), positions.to(value.device)):
-            return "positions"
+    if positions is not None and _are_positions(value, positions):
+        return "positions"
     if site.rope is not None and value.is_floating_point() and positions is not None:
         name = _table(value, site.rope, positions)
         if name is not None:
             return name
     return "mask" if _is_mask(value, site, valid) else None
+
+
+def _are_positions(value: Tensor, positions: Tensor) -> bool:
+    if value.is_floating_point() or value.dtype == torch.bool or value.dim() > 2:
+        return False
+    if value.shape[-1:] != positions.shape[-1:] or (value.dim() == 2 and value.shape[0] not in (1, len(positions))):
+        return False
+    return torch.equal(value.expand(positions.shape).long(), positions.to(value.device))
 
 
 def _is_mask(value: Tensor, site: AttentionSite, valid: Tensor) -> bool:

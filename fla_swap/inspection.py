@@ -18,7 +18,7 @@ from fla_swap.matching import MatchResult, mask_lengths, match
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
 from fla_swap.types import AttentionReport, AttentionSite, NearMiss
-from fla_swap.verification import Call, check_config, prove, weights_of
+from fla_swap.verification import TOLERANCE, Call, check_config, prove, weights_of
 
 Example = Mapping[str, Any] | Sequence[Any] | Tensor
 SHORT = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
@@ -76,13 +76,13 @@ def _nothing_found(report: AttentionReport) -> str:
     count = len(report.near_misses)
     if all("bidirectional" in m.reason for m in report.near_misses):
         return (
-            f"{report.model} is an encoder: all {count} attention layers are bidirectional ({first.fqn} …). Linear attention "
-            "with a state needs a causal model"
+            f"{report.model} is an encoder: all {count} attention layers are bidirectional ({first.fqn} …). "
+            "Linear attention with a state needs a causal model"
         )
     return (
         f"{report.model}: {count} attention cores, none understood. The one that got furthest, {first.fqn}, stopped at "
-        f"{first.slot!r}: {first.reason} ({first.source}). All of them are in the error's .report.near_misses; a recogniser of "
-        "your own can be passed as patterns="
+        f"{first.slot!r}: {first.reason} ({first.source}). All of them are in the error's .report.near_misses; "
+        "a recogniser of your own can be passed as patterns="
     )
 
 
@@ -148,10 +148,10 @@ class _Inspection:
             proof = prove(site, owner, call)
         except VerificationError as error:
             return _miss(site, "proof", str(error), PROVED)
-        if proof.eager_error is not None and proof.eager_error > 1e-3:
+        if proof.eager_error is not None and proof.eager_error > TOLERANCE:
             notes.append(
-                f"{site.fqn}: the model runs {_implementation(self.model)!r}, whose output differs from its eager code by "
-                f"{proof.eager_error:.1e}: eager is the meaning; load the model with attn_implementation='eager'"
+                f"{site.fqn}: the model runs {_implementation(self.model)!r}, whose output differs from its eager code "
+                f"by {proof.eager_error:.1e}: eager is the meaning; load the model with attn_implementation='eager'"
             )
         return dataclasses.replace(site, proved=True, max_error=proof.error, dropout=max(site.dropout, proof.dropout))
 
@@ -164,8 +164,8 @@ class _Inspection:
         if not wide:
             return length, []
         return length, [
-            f"the proof ran on {length} tokens, inside the window of {len(wide)} layers; the windows themselves were read "
-            f"off the masks at {self.longest} tokens"
+            f"the proof ran on {length} tokens, inside the window of {len(wide)} layers; the windows themselves were "
+            f"read off the masks at {self.longest} tokens"
         ]
 
     def _inputs(self, length: int, padded: int = 0) -> Inputs:

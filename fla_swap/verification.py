@@ -41,7 +41,7 @@ class Call:
 @dataclass(frozen=True, kw_only=True)
 class Proof:
     """`error`: largest relative difference on the valid positions. `dropout`: what training mode drops of the
-    probabilities. `eager_error`: how far the owner's own eager implementation is from what it runs (None: not tried)."""
+    probabilities. `eager_error`: how far the owner's own eager code is from what it runs (None: not tried)."""
 
     error: float
     dropout: float = 0.0
@@ -98,7 +98,7 @@ def randomised(owner: nn.Module) -> nn.Module:
         for parameter in twin.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             if parameter.dim() >= 2:
-                parameter.copy_(noise * 1.5 / math.sqrt(max(parameter.shape)))
+                parameter.copy_(noise * 2.0 / math.sqrt(max(parameter.shape)))
             else:
                 base = parameter if bool(parameter.isfinite().all()) else torch.zeros_like(parameter)
                 parameter.copy_(base.clamp(-2, 2) + 0.3 * noise)

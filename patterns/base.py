@@ -42,7 +42,7 @@ ABSENT = Absent()
 
 
 class Recogniser(Protocol):
-    """`slot`: "core" (starts a match), "scores" (between the softmax and q kᵀ), or "path" (between core and projection)."""
+    """`slot`: "core" (starts a match), "scores" (softmax back to q kᵀ) or "path" (core back to a projection)."""
 
     @property
     def name(self) -> str: ...

@@ -27,7 +27,7 @@ class Catalogue:
 
 
 def catalogue(extra: Iterable[Recogniser] = ()) -> Catalogue:
-    """The built-in recognisers with the user's own before them. A duplicate name in a slot, or an unknown slot, raises."""
+    """The built-in recognisers with the user's own before them. Duplicate names in a slot, and unknown slots, raise."""
     own = list(extra)
     for recogniser in own:
         if recogniser.slot not in SLOTS:

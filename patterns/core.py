@@ -26,7 +26,7 @@ PRODUCT = _ops("matmul", "bmm")
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTerm:
-    """One closed tensor that decides what a query sees. `kind`: "add" to the scores, "keep" where true, "drop" where true."""
+    """One closed tensor that decides what a query sees; `kind` "add" (to the scores), "keep" or "drop" (where true)."""
 
     kind: str
     node: fx.Node

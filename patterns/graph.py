@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 
@@ -196,7 +197,7 @@ class CapturedGraph:
         def value(n: fx.Node) -> Any:
             return known[n] if n in known else _stand_in(n)
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        args, kwargs = map_arg((node.args, node.kwargs), value)
         args, kwargs = _no_half(args), _no_half(kwargs)
         call = node.target
         assert callable(call)
@@ -229,7 +230,7 @@ class CapturedGraph:
                 rest = tuple(_stand_in(a) if isinstance(a, fx.Node) else a for a in node.args[1:])
                 args, kwargs = (visit(node.all_input_nodes[0]), *rest), dict(node.kwargs)
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), visit)
+                args, kwargs = map_arg((node.args, node.kwargs), visit)
             assert callable(node.target)
             return node.target(*args, **kwargs)
 
@@ -244,7 +245,7 @@ class CapturedGraph:
         if target.target not in LAYOUT or len(target.all_input_nodes) != 1:
             raise NotLayout(target)
         before = self.trace_closed(start, value, target.all_input_nodes[0])
-        args, kwargs = fx.node.map_arg((target.args, target.kwargs), lambda _: before)
+        args, kwargs = map_arg((target.args, target.kwargs), lambda _: before)
         assert callable(target.target)
         return target.target(*args, **kwargs)
 

@@ -63,7 +63,7 @@ def trace_heads(
 
 
 def rows_of(numbers: Tensor, outputs: int, graph: CapturedGraph) -> Tensor:
-    """[H, K] from entries [..., T, K], checked: every token in its place, the same rows at every token and batch row."""
+    """[H, K] from entries [..., T, K]; checked: tokens in their places, the same rows for all tokens and batch rows."""
     flat = numbers.reshape(-1, *numbers.shape[-2:])
     token, row = flat // outputs, flat % outputs
     batch, time = token // graph.length, token % graph.length

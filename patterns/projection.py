@@ -38,7 +38,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """One linear map in the graph: y = x Wᵀ + b. `out` is y's node, `x` the input's, `inputs` and `outputs` the widths."""
+    """One linear map in the graph, y = x Wᵀ + b: nodes `out` and `x`, widths `inputs` and `outputs`."""
 
     x: fx.Node
     out: fx.Node
@@ -73,7 +73,7 @@ class Project:
         elif product.target in ADDMM:
             own, x, weight = product.args[:3]
             flipped = True
-            if any(float(product.kwargs.get(n, 1)) != 1.0 for n in ("alpha", "beta")):
+            if any(product.kwargs.get(n, 1) != 1 for n in ("alpha", "beta")):
                 return Refused("addmm with factors", product)
         elif product.target in PRODUCT:
             x, weight = product.args[:2]

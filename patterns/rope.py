@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from fla_swap.patterns.base import ABSENT, Found, Refused, Result
 from fla_swap.patterns.graph import CONTRACTION, LAYOUT, REINTERPRET, CapturedGraph, shape
@@ -78,7 +79,7 @@ def _structure(out: fx.Node, x: fx.Node, graph: CapturedGraph) -> tuple:
         for value in node.all_input_nodes:
             visit(value)
         numbers[node] = len(numbers)
-        spelled.append((node.target, str(fx.node.map_arg(node.args, lambda n: numbers.get(n, -1)))))
+        spelled.append((node.target, str(map_arg(node.args, lambda n: numbers.get(n, -1)))))
 
     visit(out)
     return ("rope", shape(x), *spelled)
