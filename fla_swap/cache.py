@@ -46,7 +46,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         LinearAttentionLayer.__init__(self)
         CacheLayerMixin.__init__(self)
         self.stock = stock
-        self.is_sliding = stock.is_sliding
+        self.is_sliding: bool = getattr(stock, "is_sliding", False)
         self.is_compileable = stock.is_compileable
         self.state: State = {}
         self.counts_on_device = isinstance(stock, StaticLayer) and not isinstance(stock, StaticSlidingWindowLayer)
@@ -55,6 +55,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         self.packed = False
         self.calls: list[Call] = []
         self.snapshot: State = {}
+        self.settled = True
 
     def prepare(self, mixer: TokenMixer, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
         """Allocate the zero state, at addresses that stay the same from then on. Does nothing the second time."""
@@ -141,20 +142,23 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
             self.batch_size = next(iter(state.values())).shape[0]
         self.forget_calls()
 
-    # Rollback: between `activate_past_recording` and `crop`, the state at the start and the calls since are kept.
+    # Rollback: after `activate_past_recording`, the state at some moment and the calls since then are kept. The moment
+    # moves on with the first call after a `crop`, so that two crops in a row also work.
 
     @property
     def is_croppable(self) -> bool:
         return True
 
     def record(self, length: int, replay: Replay) -> None:
-        """Before a call that will change the state: remember the state (once) and how to repeat the call."""
-        if not self.calls:
+        """Before a call that will change the state: remember the state and how to repeat the call."""
+        if self.settled:
+            self.calls = []
             self.snapshot = {n: t.clone() for n, t in self.state.items()}
+            self.settled = False
         self.calls.append(Call(length, replay))
 
     def forget_calls(self) -> None:
-        self.calls, self.snapshot = [], {}
+        self.calls, self.snapshot, self.settled = [], {}, True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the last tokens: restore the remembered state and run the tokens that stay again.
@@ -164,8 +168,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             tokens_to_remove = min(tokens_to_remove - int(self.count), 0)
-        elif tokens_to_remove == 0:
-            self.forget_calls()
+        self.settled = True
         if tokens_to_remove == 0:
             return
         recorded = sum(call.length for call in self.calls)
@@ -177,13 +180,14 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
             )
         for name, tensor in self.snapshot.items():
             self.state[name].copy_(tensor)
+        staying = []
         for call in self.calls:
-            length = min(call.length, left)
+            length = min(call.length, left - sum(c.length for c in staying))
             if length:
                 call.replay(self.state, length)
-            left -= length
+                staying.append(Call(length, call.replay))
+        self.calls = staying
         self.advance(tokens_to_remove)
-        self.forget_calls()
 
 
 def state_layer(cache: Any, index: int, mixer: TokenMixer, hidden_states: Tensor) -> StateLayer:
@@ -192,16 +196,7 @@ def state_layer(cache: Any, index: int, mixer: TokenMixer, hidden_states: Tensor
     Raises:
         SwapError: the cache is of a kind that cannot hold states, or this layer already holds keys and values.
     """
-    cache = getattr(cache, "self_attention_cache", cache)
-    if not isinstance(cache, Cache):
-        raise SwapError(f"a swapped layer needs a transformers Cache, got {type(cache).__name__}")
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
-    if not isinstance(layer, StateLayer):
-        layer = _replacement(layer, index)
-        cache.layers[index] = layer
+    layer = install_layer(cache, index)
     layer.prepare(mixer, hidden_states.shape[0], hidden_states.device, hidden_states.dtype)
     if layer.packed:
         raise SwapError(
@@ -211,15 +206,32 @@ def state_layer(cache: Any, index: int, mixer: TokenMixer, hidden_states: Tensor
     return layer
 
 
+def install_layer(cache: Any, index: int) -> StateLayer:
+    """Put a `StateLayer` at `index` of `cache` (or find it there); its state is allocated by the first call."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    if not isinstance(cache, Cache):
+        raise SwapError(f"a swapped layer needs a transformers Cache, got {type(cache).__name__}")
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[abstract]
+    layer = cache.layers[index]
+    if not isinstance(layer, StateLayer):
+        layer = _replacement(layer, index)
+        cache.layers[index] = layer
+    return layer
+
+
 def _replacement(stock: Any, index: int) -> StateLayer:
     if not isinstance(stock, (DynamicLayer, StaticLayer)):
         raise SwapError(
             f"cache layer {index} is a {type(stock).__name__}; states can replace only dynamic and static layers"
         )
-    if stock.is_initialized:
+    if stock.is_initialized and int(stock.get_seq_length()) > 0:
         raise SwapError(
             f"cache layer {index} already holds keys and values of the model before the swap; start a new cache"
         )
+    stock.keys = stock.values = None
+    stock.is_initialized = False
     return StateLayer(stock)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fla_swap.cache import StateLayer, state_layer
+from fla_swap.cache import StateLayer, install_layer, state_layer
 from fla_swap.errors import CheckpointError, SwapError
 from fla_swap.mixers import State, TokenMixer, mixer_class
 from fla_swap.types import ArgPath, AttentionSite, SwapPlan, from_jsonable, to_jsonable
@@ -35,14 +35,14 @@ class SwappedAttention(nn.Module):
             if not name.startswith("_") and name != "training" and _is_plain(value):
                 setattr(self, name, value)
         self.site, self.call, self.mixer = site, site.call, mixer
-        self._original = (original,) if keep_original else ()
+        self._original: tuple[nn.Module, ...] = (original,) if keep_original else ()
         self.use_original = False
         self.train(original.training)
 
     @property
     def original(self) -> nn.Module | None:
         """The attention that stood here, or None."""
-        return self._original[0] if self._original else None
+        return next(iter(self._original), None)
 
     def drop_original(self) -> None:
         """Free the attention that stood here; `restore_` is not possible any more."""
@@ -118,7 +118,7 @@ class SwappedAttention(nn.Module):
         tokens = hidden.shape[1]
         layer = None
         if cache is not None:
-            layer = state_layer(cache, self._cache_index(), self.mixer, hidden)
+            layer = state_layer(cache, self.cache_index(), self.mixer, hidden)
             self._place(where, layer.get_seq_length(), hidden)
         valid = starts = None
         if packed is None and tokens > 1:
@@ -176,7 +176,8 @@ class SwappedAttention(nn.Module):
     def _flash(self) -> bool:
         return "flash" in (getattr(getattr(self, "config", None), "_attn_implementation", None) or "")
 
-    def _cache_index(self) -> int:
+    def cache_index(self) -> int:
+        """The number of this layer in a cache."""
         if self.call.cache_index is None:
             raise SwapError(
                 f"{self.site.fqn}: a cache was passed, but its contract does not say which layer it is there"
@@ -267,9 +268,17 @@ class HybridModel:
     """Mixed in before a model's own class: builds the swapped structure, and does not overwrite another model."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
+        cast(Any, super()).__init__(config, *args, **kwargs)
         install_structure(cast(nn.Module, self), config.swap_plan())
         cast(PreTrainedModel, self).post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> Any:
+        """`generate` has its cache: put the state layers in before anything asks the cache what it can do."""
+        result = cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            prepare_cache(cast(nn.Module, self), cache)
+        return result
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         """As transformers', with a CheckpointError when the folder holds another model."""
@@ -280,6 +289,13 @@ class HybridModel:
             shim += "from fla_swap.checkpoint import FlaSwapConfig, FlaSwapModel  # noqa: F401\n"
             (Path(save_directory) / SHIM).write_text(shim, encoding="utf-8")
         return result
+
+
+def prepare_cache(model: nn.Module, cache: Any) -> None:
+    """Put a state layer into `cache` for every swapped layer that keeps a state."""
+    for module in model.modules():
+        if isinstance(module, SwappedAttention) and not module.mixer.uses_kv_cache:
+            install_layer(cache, module.cache_index())
 
 
 _classes: dict[type, type] = {}
@@ -344,5 +360,5 @@ def refuse_other_model(folder: Path, config: Any) -> None:
         what = found.get("model_type")
         raise CheckpointError(
             f"{folder} holds another model (model_type {what!r}{', another plan' if what == MODEL_TYPE else ''}); "
-            "nothing was written. Save elsewhere, or replace it: fla_swap.checkpoint.save(model, folder, overwrite=True)"
+            "nothing was written. Save elsewhere, or replace it: fla_swap.checkpoint.save(…, overwrite=True)"
         )
