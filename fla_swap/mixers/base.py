@@ -187,6 +187,11 @@ class TokenMixer(nn.Module):
         return mixer
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or float64 if it is that: what norms, gates and softmax are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def read_ref(weights: Mapping[str, Tensor], ref: WeightRef) -> Tensor:
     """The tensor that a reference means: transposed to [out, in], its rows selected. Shares memory where it can."""
     tensor = weights[ref.name]
@@ -272,15 +277,15 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
-        wide = x.float().flatten(-2) if self.norm.across_heads else x.float()
+        y = wide(x).flatten(-2) if self.norm.across_heads else wide(x)
         if self.norm.kind == "layer":
-            wide = wide - wide.mean(-1, keepdim=True)
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.norm.eps)
+            y = y - y.mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.norm.eps)
         if self.weight is not None:
-            wide = wide * (self.weight.float() + self.norm.offset)
+            y = y * (wide(self.weight) + self.norm.offset)
         if self.bias is not None:
-            wide = wide + self.bias.float()
-        return wide.reshape(shape).to(x.dtype)
+            y = y + wide(self.bias)
+        return y.reshape(shape).to(x.dtype)
 
     def load(self, weights: Mapping[str, Tensor], heads: int | None = None) -> None:
         """Copy the site's norm weights; `heads` when this module has more heads than the site's (GQA expansion)."""

@@ -6,6 +6,7 @@ S_t = (I − β_t k_t k_tᵀ) exp(g_t) S_{t−1} + β_t k_t v_tᵀ        o_t = 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 
 from fla_swap.errors import MixerError
 from fla_swap.kernels.delta.ops import gated_delta_rule, gated_delta_rule_step
-from fla_swap.mixers.parts import Tokens, inverse_softplus, log_decay_of, wide
+from fla_swap.mixers.base import wide
+from fla_swap.mixers.parts import Tokens, inverse_softplus, log_decay_of
 from fla_swap.mixers.recurrent import RecurrentConfig, RecurrentMixer
 
 
@@ -75,30 +77,22 @@ class GatedDeltaNet(RecurrentMixer):
     def set_beta_(self, beta: Tensor) -> None:
         self.b_proj.bias.copy_(torch.logit(wide(beta) / self.beta_limit))
 
-    def gates(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Log decay g and write strength β, both [B, T, H] in fp32 or wider."""
+    def decay(self, x: Tensor) -> Tensor:
+        """Log decay g [B, T, H] in fp32 or wider."""
         rate = F.softplus(wide(self.a_proj(x)) + wide(self.dt_bias))
-        g = -wide(self.A_log).exp() * rate
-        beta = self.beta_limit * wide(self.b_proj(x)).sigmoid()
-        return tokens.decay(g), tokens.keep(beta)
+        return -wide(self.A_log).exp() * rate
+
+    def beta(self, x: Tensor) -> Tensor:
+        """Write strength β [B, T, H] in fp32 or wider."""
+        return self.beta_limit * wide(self.b_proj(x)).sigmoid()
 
     def recur(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, initial: Tensor | None, *, decode: bool
     ) -> tuple[Tensor, Tensor | None]:
-        g, beta = self.gates(x, tokens)
-        l2norm = self.config.qk_l2norm
-        if decode and initial is not None:
-            o = gated_delta_rule_step(q, k, v, g, beta, state=initial, scale=self.scale, qk_l2norm=l2norm)
-            return o, None
-        return gated_delta_rule(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale=self.scale,
-            initial_state=initial,
-            output_final_state=initial is not None,
-            cu_seqlens=tokens.cu_seqlens,
-            qk_l2norm=l2norm,
-        )
+        g, beta = tokens.decay(self.decay(x)), tokens.keep(self.beta(x))
+        options: dict[str, Any] = {"scale": self.scale, "qk_l2norm": self.config.qk_l2norm}
+        with torch.autocast(x.device.type, enabled=False):
+            if decode and initial is not None:
+                return gated_delta_rule_step(q, k, v, g, beta, state=initial, **options), None
+            options |= {"initial_state": initial, "output_final_state": initial is not None}
+            return gated_delta_rule(q, k, v, g, beta, cu_seqlens=tokens.cu_seqlens, **options)

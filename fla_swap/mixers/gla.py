@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from fla_swap.errors import MixerError
 from fla_swap.kernels.decay.ops import gla, gla_step
-from fla_swap.mixers.parts import Tokens, inverse_softplus, log_decay_of, wide
+from fla_swap.mixers.base import wide
+from fla_swap.mixers.parts import Tokens, inverse_softplus, log_decay_of
 from fla_swap.mixers.recurrent import RecurrentConfig, RecurrentMixer
 
 
@@ -69,7 +70,7 @@ class GLA(RecurrentMixer):
         rate = -log_decay_of(wide(tokens)) * self.config.decay_normalizer
         self.gk_up.bias.copy_((-inverse_softplus(rate)).repeat_interleave(self.head_dim))
 
-    def gates(self, x: Tensor) -> Tensor:
+    def decay(self, x: Tensor) -> Tensor:
         """Log decay g [B, T, H, K] in fp32 or wider."""
         g = F.logsigmoid(wide(self.gk_up(self.gk_down(x)))) / self.config.decay_normalizer
         if self.config.clamp_min is not None:
@@ -79,21 +80,22 @@ class GLA(RecurrentMixer):
     def recur(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, initial: Tensor | None, *, decode: bool
     ) -> tuple[Tensor, Tensor | None]:
-        g = self.gates(x)
+        g = self.decay(x)
         if self.config.qk_l2norm:
             q, k = (F.normalize(wide(y), dim=-1, eps=1e-6).to(v.dtype) for y in (q, k))
         if self.config.balanced:
             k = (wide(k) * -torch.expm1(g)).to(v.dtype)
         g = tokens.decay(g)
-        if decode and initial is not None:
-            return gla_step(q, k, v, g, state=initial, scale=self.scale), None
-        return gla(
-            q,
-            k,
-            v,
-            g,
-            scale=self.scale,
-            initial_state=initial,
-            output_final_state=initial is not None,
-            cu_seqlens=tokens.cu_seqlens,
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            if decode and initial is not None:
+                return gla_step(q, k, v, g, state=initial, scale=self.scale), None
+            return gla(
+                q,
+                k,
+                v,
+                g,
+                scale=self.scale,
+                initial_state=initial,
+                output_final_state=initial is not None,
+                cu_seqlens=tokens.cu_seqlens,
+            )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fla_swap.errors import MixerError
 from fla_swap.kernels.fused.ops import short_conv
+from fla_swap.mixers.base import wide
 
 RESET = -64.0
 """Log decay at the first token of a document: exp(−64) of the old state is below any float's precision of the new one.
@@ -41,11 +42,6 @@ class Tokens(NamedTuple):
         if self.starts is None or self.cu_seqlens is not None:
             return g
         return torch.where(self.starts.view(*self.starts.shape, *(1,) * (g.ndim - 2)), RESET, g)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in fp32, or float64 if it is that: what gates are computed in."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def token_positions(x: Tensor, tokens: Tokens, offset: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fla_swap.errors import MixerError
-from fla_swap.mixers.base import MixerConfig, State
+from fla_swap.mixers.base import MixerConfig, State, wide
 from fla_swap.mixers.heads import HeadsConfig, HeadsMixer
 from fla_swap.mixers.parts import (
     OutputGate,
@@ -24,7 +24,6 @@ from fla_swap.mixers.parts import (
     head_rms_norm,
     spread_half_lives,
     token_positions,
-    wide,
 )
 from fla_swap.types import AttentionSite
 

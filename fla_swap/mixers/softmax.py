@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fla_swap.mixers.base import State, read_ref
+from fla_swap.mixers.base import State, read_ref, wide
 from fla_swap.mixers.heads import HeadsConfig, HeadsMixer
 from fla_swap.types import AttentionSite, Mask
 
@@ -96,7 +96,7 @@ class Softmax(HeadsMixer):
         config = self.config
         if config.softcap is None and config.alibi is None and self.sinks is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-        scores = (q @ k.transpose(-1, -2)).float() * self.scale
+        scores = wide(q @ k.transpose(-1, -2)) * self.scale
         if config.softcap is not None:
             scores = torch.tanh(scores / config.softcap) * config.softcap
         if config.alibi is not None:
@@ -107,7 +107,7 @@ class Softmax(HeadsMixer):
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         if self.sinks is not None:
-            sinks = self.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+            sinks = wide(self.sinks)[None, :, None, None].expand(*scores.shape[:3], 1)
             weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
         else:
             weights = scores.softmax(-1)

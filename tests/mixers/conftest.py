@@ -1,0 +1,53 @@
+"""Small mixers with every option in use and all parameters random, so that nothing is hidden by a neutral start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fla_swap.mixers import GLA, GatedDeltaNet, GatedDeltaNetConfig, GLAConfig, Window, WindowConfig
+from fla_swap.types import Norm, Rope, WeightRef
+
+ROPE = Rope(inv_freq=(1.0, 0.3, 0.02))
+HEADS = {"hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "v_head_dim": 6, "rope": ROPE}
+NORM = Norm(kind="rms", eps=1e-6, weight=WeightRef(name="norm"))
+
+CONFIGS = {
+    "window": WindowConfig(window=5, **HEADS),
+    "window_all": WindowConfig(
+        window=4, softcap=3.0, sinks=True, alibi=(0.5, 0.25, 0.1, 0.0), q_norm=NORM, k_norm=NORM, q_bias=True, **HEADS
+    ),
+    "gla": GLAConfig(**HEADS),
+    "gla_all": GLAConfig(
+        expand_kv=False, use_rope=False, conv_size=3, conv_activation="silu", qk_activation="elu", output_norm=False,
+        output_gate="swish", gate_rank=4, qk_l2norm=True, balanced=True, clamp_min=-0.8, v_bias=True, **HEADS,
+    ),
+    "gated_deltanet": GatedDeltaNetConfig(**HEADS),
+    "gated_deltanet_all": GatedDeltaNetConfig(
+        expand_kv=False, conv_activation="silu", qk_activation="silu", output_norm=True, output_gate="swish",
+        negative_eigenvalues=True, q_norm=NORM, k_norm=NORM, norm_after_rope=True, k_bias=True, **HEADS,
+    ),
+}  # fmt: skip
+CLASSES = {"window": Window, "gla": GLA, "gated_deltanet": GatedDeltaNet}
+
+
+def build(case: str, dtype: torch.dtype = torch.float64):
+    """A mixer of this case whose parameters are all random (gates and convolutions included)."""
+    torch.manual_seed(0)
+    mixer = CLASSES[case.removesuffix("_all")](CONFIGS[case]).to(dtype)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return mixer
+
+
+@pytest.fixture(params=CONFIGS)
+def mixer(request):
+    return build(request.param)
+
+
+@pytest.fixture
+def hidden():
+    """Two rows of 13 tokens."""
+    torch.manual_seed(1)
+    return torch.randn(2, 13, 24, dtype=torch.float64)
