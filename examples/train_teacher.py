@@ -62,6 +62,7 @@ class Preset:
     batch_blocks: int = 64
     epochs: float = 16.0
     learning_rate: float = 2e-3
+    weight_decay: float = 0.1
     warmup_steps: int = 100
     evaluations: int = 20
 
@@ -71,7 +72,9 @@ PRESETS = {
         vocab=384, head_dim=16, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64, positions=256,
         block=64, batch_blocks=4, epochs=1.0, warmup_steps=2, evaluations=2,
     ),  # for tests
-    "small": Preset(vocab=4096, hidden=256, layers=8, heads=4, kv_heads=2, intermediate=704),  # 7.0M, shipped
+    "small": Preset(
+        vocab=4096, hidden=256, layers=8, heads=4, kv_heads=2, intermediate=704, epochs=10.0, weight_decay=1.0
+    ),  # 7.0M, shipped
     "medium": Preset(
         vocab=8192, hidden=512, layers=12, heads=8, kv_heads=4, intermediate=1024,
         epochs=10.0, learning_rate=1.5e-3, warmup_steps=200,
@@ -81,9 +84,6 @@ PRESETS = {
         epochs=6.0, learning_rate=1e-3, warmup_steps=300,
     ),  # 104M
 }  # fmt: skip
-
-
-# ---- text, tokenizer, model
 
 
 def read_texts(sources: list[str], split: Any, limit_bytes: int | None) -> list[str]:
@@ -142,9 +142,6 @@ def make_model(preset: Preset) -> LlamaForCausalLM:
     return LlamaForCausalLM._from_config(config, attn_implementation="causal_sdpa")
 
 
-# ---- training
-
-
 def batches(tokens: torch.Tensor, preset: Preset, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Blocks [batch_blocks, block] for ever; every epoch starts at a random offset and in a random order."""
     while True:
@@ -168,9 +165,9 @@ def held_out_loss(model: Any, tokens: torch.Tensor, block: int) -> float:
     return total / (count * (block - 1))
 
 
-def make_optimizer(model: torch.nn.Module, preset: Preset, weight_decay: float, cuda: bool) -> torch.optim.AdamW:
+def make_optimizer(model: torch.nn.Module, preset: Preset, cuda: bool) -> torch.optim.AdamW:
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": preset.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, 0.95), fused=cuda)
@@ -184,7 +181,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor,
     cuda = tokens.is_cuda
     step_tokens = preset.block * preset.batch_blocks
     steps = args.steps or max(1, round(args.epochs * tokens.numel() / step_tokens))
-    optimizer = make_optimizer(model, preset, args.weight_decay, cuda)
+    optimizer = make_optimizer(model, preset, cuda)
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=cuda):
@@ -236,9 +233,6 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor,
 
 def time_fraction(start: float, deadline: float | None) -> float:
     return 0.0 if deadline is None else min(1.0, (time.monotonic() - start) / max(1e-9, deadline - start))
-
-
-# ---- what is written
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -298,9 +292,6 @@ def log(line: str) -> None:
     print(line, flush=True)
 
 
-# ---- command line
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -311,7 +302,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, help="passes over the text (default: the preset's)")
     parser.add_argument("--steps", type=int, help="steps, instead of epochs")
     parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, help="default: the preset's")
     parser.add_argument("--batch-blocks", type=int, help="sequences a step (default: the preset's)")
     parser.add_argument("--limit-bytes", type=int, help="read only so much text, for a trial")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
@@ -329,7 +320,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     begin = time.monotonic()
     args = parse(argv)
-    changes = {"learning_rate": args.learning_rate, "batch_blocks": args.batch_blocks, "epochs": args.epochs}
+    changes = {name: getattr(args, name) for name in ("learning_rate", "weight_decay", "batch_blocks", "epochs")}
     preset = dataclasses.replace(PRESETS[args.preset], **{k: v for k, v in changes.items() if v is not None})
     args.epochs = preset.epochs
     # The last twentieth of a limited run is for saving, reloading and measuring.
@@ -377,7 +368,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "batch_tokens": preset.block * preset.batch_blocks,
         "epochs": done["tokens_seen"] / tokens.numel(),
         "held_out_names": held_out_names(args.source[0]),
-        "weight_decay": args.weight_decay,
         "seed": args.seed,
         "python": platform.python_version(),
         "torch": torch.__version__,
