@@ -278,6 +278,8 @@ class HybridModel:
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             prepare_cache(cast(nn.Module, self), cache)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
         return result
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
@@ -339,7 +341,10 @@ def become_hybrid(model: PreTrainedModel, plan: SwapPlan) -> None:
 
 def become_plain(model: PreTrainedModel) -> None:
     """Undo `become_hybrid`."""
+    ours = type(model).__name__
     model.__class__ = type(model).__mro__[2]
+    if model.config.architectures == [ours]:  # as save_pretrained noted it
+        model.config.architectures = [type(model).__name__]
     model.config.__class__ = type(model.config).__mro__[2]
     del cast(Any, model.config).fla_swap
 

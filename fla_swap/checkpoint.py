@@ -1,0 +1,219 @@
+"""Save and load: swapped models through transformers' own `save_pretrained` and `AutoModelForCausalLM`, checked and
+without half-written folders through `save` and `load`.
+
+Importing this module (which `import fla_swap` does) teaches transformers' Auto classes the model type "fla_swap".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from fla_swap.errors import CheckpointError, FlaSwapError
+from fla_swap.hybrid import MODEL_TYPE, HybridConfig, hybrid_config_class, hybrid_model_class, refuse_other_model
+from fla_swap.planning import plan_from_dict
+
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
+
+
+class FlaSwapConfig(PreTrainedConfig):
+    """What `model_type: "fla_swap"` on disk leads to: `from_dict` returns the hybrid subclass of the base's config."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        described = config_dict.get("fla_swap")
+        if not isinstance(described, dict) or {"base_model_type", "base_architecture", "plan"} - set(described):
+            raise CheckpointError(
+                f'config.json says model_type "{MODEL_TYPE}", but its entry "fla_swap" is missing parts'
+            )
+        try:
+            plan_from_dict(described["plan"])
+            base = CONFIG_MAPPING[described["base_model_type"]]
+        except KeyError as error:
+            raise CheckpointError(
+                f"the model was swapped from a {described['base_model_type']!r}, which this transformers "
+                f"{transformers.__version__} does not know"
+            ) from error
+        except FlaSwapError as error:
+            raise CheckpointError(f"config.json: {error}") from error
+        config_class = hybrid_config_class(base)
+        _register(base, config_class, described["base_architecture"])
+        return config_class.from_dict(config_dict, **kwargs)
+
+
+class FlaSwapModel(AutoModelForCausalLM):
+    """Stands in the `auto_map` of a saved model; loads the class that the folder's config describes."""
+
+
+def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
+    """Save a model (swapped or not) so that the folder is either the old one or the new one, never half of each.
+
+    Everything is written beside `folder` first and then takes its place; a full disk or Ctrl-C leaves the old folder as
+    it was. Files in an old folder that are no part of a model (reports, plots) are kept.
+
+    Args:
+        tokenizer: saved along, with its chat template.
+        overwrite: replace whatever model `folder` holds. Without it only the same swapped model may be saved again.
+    Raises:
+        CheckpointError: `folder` holds another model, or could not be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, not a folder")
+    if not overwrite:
+        _refuse(folder, model)
+    fresh: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".saving", dir=folder.parent))
+        model.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        fresh.chmod(0o777 & ~_umask())
+        _take_place(fresh, folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} could not be written ({error}); what was there before is unchanged") from error
+    finally:
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def load(
+    name: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> PreTrainedModel:
+    """Load a causal language model, swapped or not, from a folder or a hub id; checked.
+
+    Args:
+        dtype: None keeps the dtype on disk.
+        device: where to put it; None leaves it on the CPU.
+    Raises:
+        CheckpointError: no such model, a file is missing or truncated, or the weights do not fill the model.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        check_folder(folder)
+    elif folder.exists() or str(name).startswith((".", "/", "~")):
+        raise CheckpointError(f"{name} is no folder with a saved model")
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            str(name), dtype=dtype if dtype is not None else "auto", output_loading_info=True
+        )
+    except FlaSwapError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{name} could not be loaded: {error}") from error
+    model, info = found
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{name} has no weights for {missing[:3]} ({len(missing)} in all); it is incomplete")
+    return model if device is None else model.to(device)
+
+
+def check_folder(folder: Path) -> None:
+    """CheckpointError, naming the file, when a saved model lacks a file or one is cut short."""
+    config = folder / "config.json"
+    if not config.exists():
+        raise CheckpointError(f"{folder} holds no model: there is no config.json")
+    _read_json(config)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    else:
+        names = [p.name for p in sorted(folder.glob("*.safetensors"))]
+        if not names and not list(folder.glob("pytorch_model*.bin")):
+            raise CheckpointError(f"{folder} holds a config.json, but no weights (model.safetensors)")
+    for name in names:
+        _check_safetensors(folder / name)
+
+
+def _check_safetensors(path: Path) -> None:
+    """The header of a safetensors file says how long the file must be."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing, though the index names it")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError("header longer than the file")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no readable safetensors file ({error}); it is damaged or cut short"
+        ) from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise CheckpointError(f"{path} is damaged or cut short: {size} bytes, its header says {expected}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    return data
+
+
+def _refuse(folder: Path, model: PreTrainedModel) -> None:
+    if isinstance(model.config, HybridConfig):
+        refuse_other_model(folder, model.config)
+    elif (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} holds a model already; save elsewhere, or pass overwrite=True")
+
+
+def _take_place(fresh: Path, folder: Path) -> None:
+    """Move `fresh` to `folder`; what was there makes room first and comes back when that fails."""
+    if not folder.exists():
+        os.replace(fresh, folder)
+        return
+    old = fresh.with_suffix(".old")
+    os.replace(folder, old)
+    try:
+        os.replace(fresh, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    stale = {p for pattern in WEIGHTS for p in old.glob(pattern)}
+    for path in old.iterdir():
+        if path not in stale and not (folder / path.name).exists():
+            os.replace(path, folder / path.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _register(base: type[PreTrainedConfig], config_class: type[PreTrainedConfig], architecture: str) -> None:
+    """Make every Auto class that knows the base model under this architecture know its hybrid."""
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        if mapping is None or base not in mapping or config_class in mapping:
+            continue
+        found = mapping[base]
+        for model in found if isinstance(found, (tuple, list)) else (found,):
+            if model.__name__ == architecture:
+                auto.register(config_class, hybrid_model_class(model, base), exist_ok=True)
+
+
+AutoConfig.register(MODEL_TYPE, FlaSwapConfig, exist_ok=True)
