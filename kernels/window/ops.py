@@ -265,8 +265,8 @@ def _backward_op(
         if choose_implementation(implementation, q.device) == "triton":
             from fla_swap.kernels.window import triton_impl
 
-            tensors = [x.contiguous() for x in (grad, q, k, v)]
-            dq, dk, dv, dsinks, dalibi = triton_impl.backward(*tensors, o, lse, sinks, band)
+            grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
+            dq, dk, dv, dsinks, dalibi = triton_impl.backward(grad, q, k, v, o, lse, sinks, band)
         else:
             dq, dk, dv, dsinks, dalibi = torch_impl.backward(grad, q, k, v, o, lse, sinks, band)
     return dq, dk, dv, _or_empty(dsinks, sinks, q), _or_empty(dalibi, alibi, q)
@@ -305,7 +305,9 @@ _forward_op.register_autograd(_backward, setup_context=_setup)
 
 
 def _band(q, k, alibi, valid, cu_seqlens, window, softcap, scale) -> torch_impl.Band:
-    start = None if cu_seqlens is None else torch_impl.sequence_starts(cu_seqlens, q.shape[1])
+    start = stop = None
+    if cu_seqlens is not None:
+        start, stop = torch_impl.sequence_bounds(cu_seqlens, q.shape[1])
     return torch_impl.Band(
         window=window,
         softcap=softcap,
@@ -314,6 +316,7 @@ def _band(q, k, alibi, valid, cu_seqlens, window, softcap, scale) -> torch_impl.
         alibi=alibi,
         valid=valid,
         start=start,
+        stop=stop,
     )
 
 
@@ -341,10 +344,13 @@ def _step_op(
     implementation: str | None,
 ) -> Tensor:
     """One decode step; the ring is written in place."""
-    choose_implementation(implementation, q.device)
     band = torch_impl.Band(window=state_valid.shape[1], softcap=softcap, scale=scale, alibi=alibi)
     state = WindowState(state_k, state_v, state_valid, state_count)
     with torch.autocast(q.device.type, enabled=False):
+        if choose_implementation(implementation, q.device) == "triton":
+            from fla_swap.kernels.window import triton_impl
+
+            return triton_impl.step(q, k, v, state, sinks, valid, band)
         return torch_impl.step(q, k, v, state, sinks, valid, band)
 
 

@@ -18,7 +18,8 @@ from fla_swap.kernels.window.state import WindowState
 class Band:
     """What decides which key a query sees and how its score is shaped; shared by forward and backward.
 
-    `offset` is Tk − Tq; `valid` bool [B, Tk]; `start` int64 [Tk], the first key of each token's packed sequence.
+    `offset` is Tk − Tq; `valid` bool [B, Tk]; `start` and `stop` int64 [Tk], where
+    each token's packed sequence begins and ends.
     """
 
     window: int | None
@@ -28,15 +29,21 @@ class Band:
     alibi: Tensor | None = None
     valid: Tensor | None = None
     start: Tensor | None = None
+    stop: Tensor | None = None
 
 
-def sequence_starts(cu_seqlens: Tensor, total: int) -> Tensor:
-    """int64 [T]: where each token's packed sequence starts; `total` for rows after the last (they see nothing)."""
+def sequence_bounds(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """int64 [T], [T]: where each token's packed sequence begins and ends.
+
+    Rows after the last sequence get `total` for both, so they see nothing and nothing sees them.
+    """
     sequences = cu_seqlens.shape[0] - 1
     positions = torch.arange(total, device=cu_seqlens.device)
     bounds = cu_seqlens.to(torch.int64)
-    sequence = torch.searchsorted(bounds, positions, right=True) - 1
-    return torch.where(sequence < sequences, bounds[sequence.clamp(0, sequences - 1)], total)
+    number = torch.searchsorted(bounds, positions, right=True)
+    inside = number <= sequences
+    stop = torch.where(inside, bounds[number.clamp(max=sequences)], total)
+    return torch.where(inside, bounds[number - 1], total), stop
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -26,7 +26,7 @@ def inputs(B=1, T=65, H=2, HK=1, K=16, V=16, seed=0, extras=(), dtype=torch.floa
     return {name: torch.randn(shapes[name], generator=generator, dtype=torch.float64).to(dtype) for name in names}
 
 
-def both(tensors, *, bound=1e-5, implementation="torch", **kwargs) -> None:
+def both(tensors, *, bound=1e-5, gradient_bound=1e-5, implementation="torch", **kwargs) -> None:
     """Compare the output and every gradient with the float64 reference."""
     results = []
     for dtype, choice in ((torch.float64, "reference"), (tensors["q"].dtype, implementation)):
@@ -38,7 +38,7 @@ def both(tensors, *, bound=1e-5, implementation="torch", **kwargs) -> None:
     reference, found = results
     for name, expected in reference.items():
         assert torch.isfinite(found[name]).all(), name
-        assert error(found[name], expected) <= bound, name
+        assert error(found[name], expected) <= (bound if name == "o" else gradient_bound), name
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -55,14 +55,15 @@ def test_softcap_sinks_and_alibi(implementation, window):
     both(tensors, window=window, softcap=3.0, scale=0.5, implementation=implementation)
 
 
-@pytest.mark.parametrize("window", [64, 100, 200])
+@pytest.mark.parametrize("window", [64, 100])
 def test_long_sequence_in_torch(window):
-    both(inputs(T=200, H=4, HK=2, K=60, V=64), window=window)
+    both(inputs(T=150, H=4, HK=2, K=60, V=64), window=window)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16(implementation):
-    both(inputs(T=65, dtype=torch.bfloat16), window=24, implementation=implementation, bound=0.005)
+    tensors = inputs(T=65, dtype=torch.bfloat16)
+    both(tensors, window=24, implementation=implementation, bound=0.005, gradient_bound=0.008)
 
 
 def test_full_causal_equals_sdpa():
@@ -112,14 +113,16 @@ def test_gradient_flows_through_the_state():
         torch.testing.assert_close(grads[1][name].grad, grads[0][name].grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("steps", [1, 3, 12])
-def test_steps_equal_the_full_sequence(steps):
+def test_steps_equal_the_full_sequence(implementation, steps):
     """Decode in place; the longest step exceeds the window."""
     x = inputs(B=2, T=36, H=4, HK=2, K=8, V=12, extras=("sinks", "alibi"))
     extra = {"sinks": x.pop("sinks"), "alibi": x.pop("alibi").abs() * 0.1, "window": 10, "softcap": 5.0}
     whole, whole_state = window_attention(**x, **extra, output_final_state=True)
     state = new_window_state(2, 10, kv_heads=2, key_dim=8, value_dim=12, dtype=torch.float32)
     addresses = [tensor.data_ptr() for tensor in state]
+    extra["implementation"] = implementation
     parts = [
         window_attention_step(**{n: t[:, i : i + steps] for n, t in x.items()}, **extra, state=state)
         for i in range(0, 36, steps)
@@ -175,6 +178,8 @@ def test_left_padding_equals_the_short_sequence(implementation):
     )
     assert (o[:, :padding] == 0).all()
     torch.testing.assert_close(o[:, padding:], whole[:, :29], atol=1e-6, rtol=1e-5)
+    if implementation != "reference":
+        options["implementation"] = implementation
     last = window_attention_step(**{n: t[:, 29:] for n, t in x.items()}, **options, state=state)
     torch.testing.assert_close(last, whole[:, 29:], atol=1e-6, rtol=1e-5)
 
@@ -184,6 +189,29 @@ def test_left_padding_gradients(implementation):
     x = inputs(B=2, T=40, K=8, V=8, extras=("sinks",))
     valid = torch.arange(40)[None] >= torch.tensor([[6], [0]])
     both(x, window=10, valid=valid, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_steps_skip_tokens_that_do_not_count(implementation):
+    """Padded rows inside a decode step give zeros and leave no key behind."""
+    x = inputs(B=2, T=14, K=8, V=8)
+    valid = torch.ones(2, 14, dtype=torch.bool)
+    valid[0, :5] = valid[1, 6] = False
+    whole, whole_state = window_attention(**x, window=4, valid=valid, output_final_state=True)
+    state = new_window_state(2, 4, kv_heads=1, key_dim=8, value_dim=8, dtype=torch.float32)
+    parts = [
+        window_attention_step(
+            **{n: t[:, i : i + 2] for n, t in x.items()},
+            window=4,
+            state=state,
+            valid=valid[:, i : i + 2],
+            implementation=implementation,
+        )
+        for i in range(0, 14, 2)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-6, rtol=1e-5)
+    assert torch.equal(state.valid, whole_state.valid)
+    assert (whole[0, :5] == 0).all() and (whole[1, 6] == 0).all()
 
 
 def test_short_prompt_shorter_than_the_window():
