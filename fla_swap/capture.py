@@ -19,10 +19,10 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 CLOSED_INPUTS = ("attention_mask", "position_ids", "cache_position")
 
 
-def capture(model: nn.Module, inputs: Inputs, *, length: int, complete: bool = False) -> CapturedGraph:
+def capture(model: nn.Module, inputs: Inputs, *, length: int, limit: int = 2**31) -> CapturedGraph:
     """Export `model(*args, **kwargs)` in eval mode and return its graph. The model is left as it was.
 
-    `complete` says that the model takes nothing longer than `length`.
+    `limit` is the longest input that the model takes.
 
     Raises CaptureError when the model is on the meta device, or when `torch.export` cannot follow it: the message
     says where, and how to capture a submodule instead.
@@ -44,7 +44,7 @@ def capture(model: nn.Module, inputs: Inputs, *, length: int, complete: bool = F
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return _graph(exported, inputs, length, complete)
+    return _graph(exported, inputs, length, limit)
 
 
 def _advice(model: nn.Module, error: Exception) -> str:
@@ -63,7 +63,7 @@ def _advice(model: nn.Module, error: Exception) -> str:
     )
 
 
-def _graph(exported: torch.export.ExportedProgram, inputs: Inputs, length: int, complete: bool) -> CapturedGraph:
+def _graph(exported: torch.export.ExportedProgram, inputs: Inputs, length: int, limit: int) -> CapturedGraph:
     module = exported.graph_module
     inline_regions(module)
     signature = exported.graph_signature
@@ -87,7 +87,7 @@ def _graph(exported: torch.export.ExportedProgram, inputs: Inputs, length: int, 
         data=frozenset(data),
         batch=BATCH,
         length=length,
-        complete=complete,
+        limit=limit,
     )
 
 

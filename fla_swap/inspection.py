@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fla_swap.capture import Inputs, capture, default_inputs, inputs_of_length
 from fla_swap.contract import CacheRecord, CallRecord, derive_contract, record_cache, record_calls
-from fla_swap.errors import NoAttentionFound, VerificationError
+from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
 from fla_swap.matching import MatchResult, mask_lengths, match
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
+from fla_swap.patterns.graph import CapturedGraph
 from fla_swap.types import AttentionReport, AttentionSite, NearMiss
 from fla_swap.verification import TOLERANCE, Call, check_config, prove, weights_of
 
@@ -95,15 +96,26 @@ class _Inspection:
     def match(self) -> MatchResult:
         taken = self._sizes()
         short = next(n for n in SHORT if n not in taken)
-        first = capture(self.model, self._inputs(short), length=short)
         limit = self._limit()
+        first = capture(self.model, self._inputs(short), length=short, limit=limit)
         hints = {h for h in mask_lengths(first, self.catalogue) if h < min(limit, LONGEST)}
         wanted = max((*hints, 2 * short)) + 3
         while wanted in taken and wanted < limit:
             wanted += 1
         self.longest = min(wanted, limit)
-        second = capture(self.model, self._inputs(self.longest), length=self.longest, complete=self.longest >= limit)
+        second = self._longer(hints, limit)
         return match((first, second), self.catalogue)
+
+    def _longer(self, hints: set[int], limit: int) -> CapturedGraph:
+        """The second capture. Where the model takes nothing longer than its largest constant, just below that."""
+        try:
+            return capture(self.model, self._inputs(self.longest), length=self.longest, limit=limit)
+        except CaptureError:
+            if not hints:
+                raise
+            limit = max(hints)
+            self.longest = limit - 1
+            return capture(self.model, self._inputs(self.longest), length=self.longest, limit=limit)
 
     def finish(self, matched: MatchResult, verify: bool) -> tuple[list[AttentionSite], list[NearMiss], list[str]]:
         if not matched.sites:

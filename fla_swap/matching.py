@@ -171,6 +171,7 @@ class _Attempt:
             k_norm=self._norm("k", k, rows["k"]),
             norm_after_rope=q.norm_after_rope,
             softcap=core.get("softcap"),
+            sinks=core.get("sinks"),
             alibi=alibi,
             dropout=core["dropout"],
             source=source_of(self.node),
@@ -197,7 +198,7 @@ class _Attempt:
             raise _Stop(
                 "v", f"the values pass through {v.steps or ['a factor']}, which a site cannot state", v.linear.out
             )
-        if q.rope != k.rope:
+        if not _close(q.rope, k.rope):
             raise _Stop("rope", "q and k are rotated differently", q.linear.out)
         both = q.norm is not None and k.norm is not None
         if both and q.norm_after_rope != k.norm_after_rope:
@@ -278,7 +279,7 @@ class _Attempt:
             raise _Stop("mask", "the attention is bidirectional (an encoder): nothing to keep as a state", self.node)
         longest = max(g.length for g in self.graphs)
         hints = length_hints(self._core(self.nodes[0], self.graph)["mask"], self.graph)
-        if mask.kind == "causal" and any(h >= longest for h in hints) and not self.graphs[-1].complete:
+        if mask.kind == "causal" and any(longest <= h < self.graphs[-1].limit for h in hints):
             reason = f"the mask uses a constant {max(hints)}, beyond the longest length that was evaluated ({longest})"
             raise _Stop("mask", reason, self.node)
         self.done.append("mask")

@@ -182,13 +182,12 @@ def _eager(
 def check_config(sites: tuple[AttentionSite, ...], config: Any) -> None:
     """Hold the sites against the model's config, where it has one. Raises VerificationError on a disagreement."""
     counts = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
-    for site in sites:
-        for own, name in counts.items():
-            stated = getattr(config, name, None)
-            if isinstance(stated, int) and stated > 0 and stated != getattr(site, own):
-                raise VerificationError(
-                    f"{site.fqn}: the graph has {own} = {getattr(site, own)}, the model's config says {name} = {stated}"
-                )
+    for own, name in counts.items():
+        stated, found = getattr(config, name, None), {getattr(s, own) for s in sites}
+        if sites and isinstance(stated, int) and stated > 0 and stated not in found:
+            raise VerificationError(
+                f"{sites[0].fqn}: the graph has {own} = {sorted(found)}, the model's config says {name} = {stated}"
+            )
     windows = {s.mask.window for s in sites if s.mask.kind == "window"}
     stated = getattr(config, "sliding_window", None)
     if windows and isinstance(stated, int) and not windows & {stated, stated + 1, stated - 1}:

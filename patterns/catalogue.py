@@ -11,9 +11,10 @@ from fla_swap.patterns.norm import QKNorm
 from fla_swap.patterns.path import Factor
 from fla_swap.patterns.projection import Project
 from fla_swap.patterns.rope import Rotary
-from fla_swap.patterns.scores import Mask, Scale, Softcap
+from fla_swap.patterns.scores import Floor, Mask, Scale, Softcap
+from fla_swap.patterns.sinks import Shift, Sinks
 
-SCORES: tuple[Recogniser, ...] = (Softcap(), Scale(), Mask())
+SCORES: tuple[Recogniser, ...] = (Shift(), Sinks(), Softcap(), Scale(), Mask(), Floor())
 PATH: tuple[Recogniser, ...] = (Project(), QKNorm(), Factor(), Rotary())
 
 

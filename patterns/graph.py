@@ -34,7 +34,20 @@ LAYOUT = _ops(
     *("view", "reshape", "_unsafe_view", "transpose", "permute", "t", "numpy_T", "expand", "expand_as", "unsqueeze"),
     *("squeeze", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "contiguous", "clone", "alias"),
     *("cat", "concat", "stack", "repeat", "repeat_interleave", "flatten", "unflatten", "movedim", "narrow", "detach"),
-    *("index_select", "view_as", "swapaxes", "swapdims", "tile", "tensor_split", "mT", "adjoint", "broadcast_to"),
+    *(
+        "index_select",
+        "index",
+        "flip",
+        "roll",
+        "view_as",
+        "swapaxes",
+        "swapdims",
+        "tile",
+        "tensor_split",
+        "mT",
+        "adjoint",
+        "broadcast_to",
+    ),
 ) | frozenset({operator.getitem})
 CAST = _ops("to", "_to_copy", "type_as", "lift_fresh_copy", "lift_fresh", "detach_")
 REINTERPRET = _ops("view_as_complex", "view_as_real")
@@ -62,7 +75,7 @@ class CapturedGraph:
 
     `weights` maps placeholder names to qualified parameter or buffer names; `values` holds the tensors behind
     placeholders (weights, buffers, constants, and the closed inputs such as the padding mask); `data` names the
-    placeholders that carry what the model reads. `complete`: the model takes nothing longer than this length.
+    placeholders that carry what the model reads. `limit`: the longest input that the model takes.
     """
 
     module: fx.GraphModule
@@ -71,7 +84,7 @@ class CapturedGraph:
     data: frozenset[str]
     batch: int
     length: int
-    complete: bool = False
+    limit: int = 2**31
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
     _memo: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
     _order: dict[fx.Node, int] = field(default_factory=dict, repr=False)

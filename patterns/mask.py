@@ -35,8 +35,12 @@ def evaluate_mask(terms: Sequence[MaskTerm], causal: bool, graph: CapturedGraph)
         seen = seen.tril()
     bias: Tensor | None = None
     for term in terms:
-        value = _four_dims(graph.evaluate(term.node), graph)
+        value = graph.evaluate(term.node)
+        if term.flat and value.dim() == 3 and value.shape[0] > 1:
+            value = value.unflatten(0, (graph.batch, -1))
+        value = _four_dims(value, graph)
         if term.kind == "add":
+            value = value * term.factor
             hidden = value <= _HIDDEN
             if (rest := value.masked_fill(hidden, 0.0)).abs().max() > 0:
                 bias = rest if bias is None else bias + rest

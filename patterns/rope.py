@@ -55,11 +55,14 @@ def _reads_positions(region: set[fx.Node], graph: CapturedGraph) -> bool:
 
 
 def _same_shape(outs: list[fx.Node], inputs: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    for x in inputs:
-        for out in outs:
-            if shape(x) is not None and shape(out) == shape(x) and not x.meta["val"].is_complex():
-                return out, x
-    return None
+    """The pair (out, input) of one shape with the widest last dimension; the innermost of those."""
+    pairs = [
+        (out, x)
+        for x in inputs
+        for out in reversed(outs)
+        if shape(x) and shape(out) == shape(x) and not x.meta["val"].is_complex()
+    ]
+    return max(pairs, key=lambda p: (shape(p[1]) or (0,))[-1], default=None)
 
 
 def _structure(out: fx.Node, x: fx.Node, graph: CapturedGraph) -> tuple:
@@ -149,6 +152,9 @@ def _turns(before: Tensor, after: Tensor, style: str, tolerance: float) -> Tenso
 
 
 def _from_turns(turn: Tensor, style: str, tolerance: float, tables: list[Tensor]) -> Rope:
+    if style == "interleaved":
+        still = ((turn - 1).abs() < 1e-6).all(0).tolist()
+        turn = turn[:, : len(still) - next((i for i, s in enumerate(reversed(still)) if not s), 0)]
     scaling = float(turn[0, 0].abs())
     if float((turn.abs() - scaling).abs().max()) > tolerance * 10 * scaling:
         raise NotRotation("q or k is scaled by an amount that depends on the position or the channel")

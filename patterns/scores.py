@@ -18,6 +18,7 @@ ADD = _ops("add", "add_") | frozenset({operator.add})
 TANH = _ops("tanh")
 WHERE = _ops("where")
 FILL = _ops("masked_fill", "masked_fill_")
+FLOOR = _ops("max", "maximum", "clamp_min")
 _HIDDEN = -1e4
 
 
@@ -118,4 +119,22 @@ class Mask:
     def _closed(node: fx.Node, mask: Any, scores: Any, fill: float | None, kind: str) -> Result:
         if fill is None or fill > _HIDDEN or not isinstance(scores, fx.Node):
             return Refused(f"masked scores are set to {fill}, which does not hide them", node)
-        return Found(facts={"mask": [MaskTerm(kind=kind, node=mask, fill=fill)]}, nodes=(node,), next=scores)
+        return Found(facts={"mask": [MaskTerm(kind=kind, node=mask)]}, nodes=(node,), next=scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """`max(scores, the smallest number)`, which keeps masked scores finite and changes no other."""
+
+    name: str = "floor"
+    slot: str = "scores"
+
+    def match(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        if node.target not in FLOOR or len(node.args) != 2:
+            return ABSENT
+        floor, x = graph.constant(node.args[1]), node.args[0]
+        if floor is None or not isinstance(x, fx.Node):
+            return ABSENT
+        if floor > _HIDDEN:
+            return Refused(f"scores are kept above {floor}", node)
+        return Found(nodes=(node,), next=x)

@@ -1,0 +1,328 @@
+"""`inspect` on tiny models of real families: the facts it states, the proofs, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import SMALL, tiny
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fla_swap.contract import derive_contract, record_calls
+from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
+from fla_swap.inspection import inspect
+from fla_swap.reporting import report_table
+from fla_swap.types import ArgPath, AttentionReport, AttentionSite, Mask, WeightRef, from_jsonable, to_jsonable
+from fla_swap.verification import Call, check_config, prove
+
+NAME = "model.layers.{}.self_attn"
+QKV = ("q", "k", "v")
+
+# family → what every site of it must state, beside four heads and the proof
+EXPECTED: dict[str, dict[str, Any]] = {
+    "llama": {"kv_heads": 2, "head_dim": 16, "scale": 0.25},
+    "qwen2": {"kv_heads": 2, "head_dim": 16, "scale": 0.25},
+    "qwen3": {"kv_heads": 2, "head_dim": 32, "scale": 32**-0.5},
+    "phi3": {"kv_heads": 2, "head_dim": 16, "scale": 0.25},
+    "gpt2": {"kv_heads": 4, "head_dim": 16, "scale": 0.25, "dropout": 0.1},
+    "mistral": {"kv_heads": 2, "head_dim": 16, "scale": 0.25, "mask": Mask(kind="window", window=21)},
+}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", EXPECTED)
+def test_every_site_is_found_stated_and_proved(family: str, implementation: str) -> None:
+    report = inspect(tiny(family, implementation))
+    assert len(report.sites) == 2 and not report.near_misses and not report.unclaimed
+    for number, site in enumerate(report.sites):
+        facts = {"mask": Mask(kind="causal"), "dropout": 0.0, **EXPECTED[family]}
+        assert {name: getattr(site, name) for name in facts} == pytest.approx(facts) or _equal(site, facts)
+        assert (site.layer, site.heads, site.hidden_size, site.softcap, site.sinks) == (number, 4, 64, None, None)
+        assert site.proved and site.max_error is not None and site.max_error < 1e-5
+        assert (site.call.outputs, site.call.output_index, site.call.cache_index) == (2, 0, number)
+
+
+def _equal(site: AttentionSite, facts: dict[str, Any]) -> bool:
+    numbers = {"scale", "dropout"}
+    return all(getattr(site, n) == (pytest.approx(v) if n in numbers else v) for n, v in facts.items())
+
+
+def test_llama_states_projections_rope_and_call() -> None:
+    site = inspect(tiny("llama")).sites[1]
+    assert site.fqn == NAME.format(1)
+    assert site.q.weight == WeightRef(name=f"{site.fqn}.q_proj.weight") and site.q.bias is None
+    assert site.o.weight == WeightRef(name=f"{site.fqn}.o_proj.weight")
+    assert site.rope is not None and site.rope.style == "half" and site.rope.attention_scaling == 1.0
+    assert site.rope.inv_freq == pytest.approx([10000 ** (-i / 8) for i in range(8)], rel=1e-6)
+    assert site.call.hidden == ArgPath(keyword="hidden_states")
+    assert site.call.mask == ArgPath(keyword="attention_mask")
+    assert site.call.cos == ArgPath(keyword="position_embeddings", item=0)
+    assert site.call.sin == ArgPath(keyword="position_embeddings", item=1)
+    assert site.call.cache == ArgPath(keyword="past_key_values")
+    assert "modeling_llama.py:" in site.source
+
+
+def test_gpt2_states_rows_of_the_transposed_fused_projection() -> None:
+    site = inspect(tiny("gpt2", "eager")).sites[0]
+    fused = "transformer.h.0.attn.c_attn"
+    for number, side in enumerate(QKV):
+        rows = ((64 * number, 64 * number + 64),)
+        projection = getattr(site, side)
+        assert projection.weight == WeightRef(name=f"{fused}.weight", rows=rows, transposed=True)
+        assert projection.bias == WeightRef(name=f"{fused}.bias", rows=rows)
+    assert site.rope is None and site.call.hidden == ArgPath(position=0)
+
+
+def test_phi3_states_row_ranges_of_uneven_parts() -> None:
+    site = inspect(tiny("phi3")).sites[0]
+    assert [getattr(site, s).weight.rows for s in QKV] == [((0, 64),), ((64, 96),), ((96, 128),)]
+
+
+def test_qwen3_states_its_norms() -> None:
+    site = inspect(tiny("qwen3", "eager")).sites[0]
+    for norm, name in ((site.q_norm, "q_norm"), (site.k_norm, "k_norm")):
+        assert norm is not None and (norm.kind, norm.across_heads, norm.offset) == ("rms", False, 0.0)
+        assert norm.eps == pytest.approx(1e-6) and norm.weight == WeightRef(name=f"{NAME.format(0)}.{name}.weight")
+    assert not site.norm_after_rope
+
+
+def test_gpt_neox_heads_are_interleaved_and_partly_rotated() -> None:
+    site = inspect(tiny("gpt_neox", "eager")).sites[0]
+    assert site.q.weight.rows == ((0, 16), (48, 64), (96, 112), (144, 160))
+    assert site.v.weight.rows == ((32, 48), (80, 96), (128, 144), (176, 192))
+    assert site.rope is not None and len(site.rope.inv_freq) == 2
+
+
+def test_gemma2_eager_has_a_softcap_and_sdpa_loses_it() -> None:
+    eager = inspect(tiny("gemma2", "eager"))
+    assert [s.softcap for s in eager.sites] == [50.0, 50.0] and not eager.notes
+    assert [s.mask for s in eager.sites] == [Mask(kind="window", window=8), Mask(kind="causal")]
+    assert eager.sites[0].scale == pytest.approx(256**-0.5)
+    fused = inspect(tiny("gemma2", "sdpa"))
+    assert [s.softcap for s in fused.sites] == [None, None]
+    assert len(fused.notes) == 2 and "eager is the meaning" in fused.notes[0]
+
+
+def test_norms_across_heads_and_interleaved_rope() -> None:
+    olmo = inspect(tiny("olmo2")).sites[0]
+    assert olmo.q_norm is not None and olmo.q_norm.across_heads
+    cohere = inspect(tiny("cohere")).sites[0]
+    assert cohere.rope is not None and cohere.rope.style == "interleaved"
+
+
+def test_rope_scaling_is_read_off_the_graph() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    model = tiny("llama", rope_parameters=yarn)
+    site = inspect(model).sites[0]
+    assert site.rope is not None and site.rope.attention_scaling == pytest.approx(1.1386, abs=1e-3)
+    assert site.rope.inv_freq == pytest.approx(model.model.rotary_emb.inv_freq.tolist())
+
+
+def test_frequencies_that_depend_on_the_length_are_refused() -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = tiny("llama", rope_parameters=dynamic, max_position_embeddings=256)
+    model.config.max_position_embeddings = 256
+    model.model.rotary_emb.original_max_seq_len = 20
+    model.model.rotary_emb.max_seq_len_cached = 20
+    report = inspect(model, strict=False)
+    assert not report.sites and {m.slot for m in report.near_misses} == {"rope"}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_half_precision_models_are_proved_in_fp32_and_left_alone(implementation: str) -> None:
+    model = tiny("llama", implementation).to(torch.bfloat16).train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    site = inspect(model).sites[0]
+    assert site.proved and site.rope is not None
+    assert site.rope.inv_freq == pytest.approx([10000 ** (-i / 8) for i in range(8)], rel=1e-2)
+    assert model.training and all(m.training for m in model.modules())
+    assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_report_survives_json_and_renders() -> None:
+    report = inspect(tiny("mistral"))
+    assert from_jsonable(AttentionReport, to_jsonable(report)) == report
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report_table(report))
+    text = console.export_text()
+    assert "window 21" in text and NAME.format(1) in text and "4/2" in text
+
+
+# What is refused, and how
+
+
+def test_an_encoder_is_named_as_one() -> None:
+    config = transformers.BertConfig(**SMALL)
+    with pytest.raises(NoAttentionFound, match="is an encoder: all 2 attention layers are bidirectional") as caught:
+        inspect(transformers.BertModel(config))
+    assert {m.slot for m in caught.value.report.near_misses} == {"mask"}
+
+
+def test_a_model_without_attention_says_so() -> None:
+    with pytest.raises(NoAttentionFound, match="has no attention"):
+        inspect(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(2, 5, 8))
+
+
+def test_meta_weights_and_unknown_forwards_are_errors() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
+    with pytest.raises(CaptureError, match="meta device"):
+        inspect(model)
+    with pytest.raises(CaptureError, match="pass example_inputs"):
+        inspect(nn.Linear(4, 4))
+
+
+class Attention(nn.Module):
+    """A plain causal attention with one twist each, to be refused (or found) for that twist alone."""
+
+    def __init__(self, twist: str = "none"):
+        super().__init__()
+        self.twist = twist
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16, bias=False) for _ in range(4))
+        self.gate = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (2, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        if self.twist == "clamp":
+            q = q.clamp(-1, 1)
+        if self.twist == "permuted":
+            k, v = k.flip(1), v.flip(1)
+        scores = q @ k.transpose(-1, -2) / 8**0.5
+        steps = torch.arange(x.shape[1])
+        seen = steps[None, :] <= steps[:, None]
+        if self.twist == "every other":
+            seen = seen & ((steps[:, None] - steps[None, :]) % 2 == 0)
+        if self.twist == "values":
+            seen = seen & (scores > -3)
+        if self.twist == "bias":
+            scores = scores + (steps[:, None] - steps[None, :]).sqrt().nan_to_num()
+        probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        mixed = (probabilities @ v).transpose(1, 2).flatten(2)
+        if self.twist == "gate":
+            mixed = mixed * self.gate(x).sigmoid()
+        out = self.o(mixed)
+        return out + x if self.twist == "residual" else out
+
+
+class Block(nn.Module):
+    def __init__(self, twist: str):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(16), Attention(twist)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))
+
+
+def test_reordered_key_value_heads_are_followed() -> None:
+    (site,) = inspect(Block("permuted"), torch.randn(1, 7, 16)).sites
+    assert site.k.weight.rows == site.v.weight.rows == ((8, 16), (0, 8)) and site.proved
+
+
+def test_a_module_of_ones_own_is_found_and_proved() -> None:
+    report = inspect(Block("none"), torch.randn(1, 7, 16))
+    (site,) = report.sites
+    assert (site.fqn, site.heads, site.head_dim, site.mask.kind) == ("attention", 2, 8, "causal")
+    assert site.proved and site.call.outputs is None
+
+
+@pytest.mark.parametrize(
+    ("twist", "slot", "reason"),
+    [
+        ("clamp", "q", "clamp.* between the projection and the core"),
+        ("every other", "mask", "neither causal"),
+        ("values", "scores", "depends on the values"),
+        ("bias", "mask", "not ALiBi"),
+        ("gate", "output", "mul.* between the core and the output projection"),
+        ("residual", "owner", "does more than attention"),
+    ],
+)
+def test_what_is_not_understood_is_a_near_miss(twist: str, slot: str, reason: str) -> None:
+    with pytest.raises(NoAttentionFound) as caught:
+        inspect(Block(twist), torch.randn(1, 7, 16))
+    (miss,) = caught.value.report.near_misses
+    assert miss.slot == slot
+    assert __import__("re").search(reason, miss.reason), miss.reason
+    assert "test_inspection.py:" in miss.source
+
+
+# The proof: one constant of a true site is changed, and the proof must fail
+
+
+def _proof_case(family: str) -> tuple[AttentionSite, nn.Module, Call]:
+    model = tiny(family, "eager")
+    site = inspect(model).sites[0]
+    ids = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(3))
+    valid = torch.ones_like(ids)
+    valid[1, :11] = 0
+    positions = (valid.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": valid, "position_ids": positions, "use_cache": False}
+    record = record_calls(model, [site.fqn], ((), inputs))[site.fqn]
+    contract = derive_contract(site, record, valid.bool(), positions, None)
+    assert not isinstance(contract, str)
+    call = Call(args=record.args, kwargs=record.kwargs, valid=valid.bool(), positions=positions)
+    return dataclasses.replace(site, call=contract), model.get_submodule(site.fqn), call
+
+
+MUTATIONS: dict[str, tuple[str, Any]] = {
+    "scale": ("llama", lambda s: {"scale": s.scale * 1.01}),
+    "window": ("mistral", lambda s: {"mask": Mask(kind="window", window=20)}),
+    "no window": ("mistral", lambda s: {"mask": Mask(kind="causal")}),
+    "rope base": (
+        "llama",
+        lambda s: {"rope": dataclasses.replace(s.rope, inv_freq=tuple(f * 1.01 for f in s.rope.inv_freq))},
+    ),
+    "rope style": ("llama", lambda s: {"rope": dataclasses.replace(s.rope, style="interleaved")}),
+    "no rope": ("llama", lambda s: {"rope": None}),
+    "no bias": (
+        "qwen2",
+        lambda s: {"k": dataclasses.replace(s.k, bias=None), "v": dataclasses.replace(s.v, bias=None)},
+    ),
+    "swapped heads": (
+        "llama",
+        lambda s: {"k": dataclasses.replace(s.k, weight=WeightRef(name=s.k.weight.name, rows=((16, 32), (0, 16))))},
+    ),
+    "k for v": ("gpt2", lambda s: {"v": s.k}),
+    "no norm": ("qwen3", lambda s: {"q_norm": None}),
+    "norm offset": ("qwen3", lambda s: {"k_norm": dataclasses.replace(s.k_norm, offset=1.0)}),
+    "norm after rope": ("qwen3", lambda s: {"norm_after_rope": True}),
+    "no softcap": ("gemma2", lambda s: {"softcap": None}),
+    "bidirectional": ("gpt2", lambda s: {"mask": Mask(kind="bidirectional")}),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_changed_constant_is_refused(name: str) -> None:
+    family, change = MUTATIONS[name]
+    site, owner, call = _proof_case(family)
+    assert prove(site, owner, call).error < 1e-5
+    with pytest.raises(VerificationError, match="differs from the module's own output"):
+        prove(dataclasses.replace(site, **change(site)), owner, call)
+
+
+def test_the_config_is_a_second_witness() -> None:
+    model = tiny("mistral")
+    sites = inspect(model).sites
+    check_config(sites, model.config)
+    with pytest.raises(VerificationError, match="num_key_value_heads = 2"):
+        check_config((dataclasses.replace(sites[0], kv_heads=4),), model.config)
+    with pytest.raises(VerificationError, match="the config says 21"):
+        check_config((dataclasses.replace(sites[0], mask=Mask(kind="window", window=7)),), model.config)
+
+
+def test_several_attentions_in_one_module_are_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(F.silu(self.attention(x)))
+
+    report = inspect(Twice(), torch.randn(1, 7, 16), strict=False)
+    assert not report.sites and "2 attentions in one forward pass" in report.near_misses[0].reason
