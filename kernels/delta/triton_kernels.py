@@ -89,6 +89,8 @@ def gates_kernel(g, gates, chunks, HV: tl.constexpr):
     slot = tl.program_id(0).to(tl.int64)
     c, h = slot // HV, slot % HV
     row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if rows == 0:
+        return
     i = tl.arange(0, L)
     value = _load_column(g + h, row0, rows, HV)
     total = tl.sum(tl.where(i[None, :] <= i[:, None], value[None, :], 0.0), 1)
@@ -107,6 +109,8 @@ def inverse_kernel(
     slot = tl.program_id(0).to(tl.int64)
     c, h = slot // HV, slot % HV
     row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if rows == 0:
+        return
     k += (h // (HV // H)) * K
     lower = tl.zeros((L, L), dtype=tl.float32)
     for k0 in range(0, K, L):
@@ -134,6 +138,8 @@ def apply_kernel(
     c, h = slot // HV, slot % HV
     d0 = tl.program_id(1) * L
     row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if rows == 0:
+        return
     factor = _load_column(beta + h, row0, rows, HV)
     if GROW:
         factor *= tl.exp(_load_column(gates, slot * L, L, 1))
@@ -224,6 +230,8 @@ def output_kernel(
     c, h = slot // HV, slot % HV
     v0 = tl.program_id(1) * L
     row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if rows == 0:
+        return
     q += (h // (HV // H)) * K
     k += (h // (HV // H)) * K
     through = tl.zeros((L, L), dtype=tl.float32)
@@ -251,6 +259,8 @@ def dv_kernel(
     c, h = slot // HV, slot % HV
     v0 = tl.program_id(1) * L
     row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if rows == 0:
+        return
     q += (h // (HV // H)) * K
     k += (h // (HV // H)) * K
     scores = tl.zeros((L, L), dtype=tl.float32)
@@ -346,6 +356,8 @@ def apply_backward_kernel(
     slot = tl.program_id(0).to(tl.int64)
     c, h = slot // HV, slot % HV
     row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if rows == 0:
+        return
     factor = _load_column(beta + h, row0, rows, HV)
     matrix = tl.trans(_load(inverse + slot * L * L, 0, L, L, 0, L))
     along = tl.zeros((L,), dtype=tl.float32)
@@ -367,6 +379,8 @@ def pair_backward_kernel(
     slot = tl.program_id(0).to(tl.int64)
     c, h = slot // HV, slot % HV
     row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if rows == 0:
+        return
     q += (h // (HV // H)) * K
     k += (h // (HV // H)) * K
     d_scores = tl.zeros((L, L), dtype=tl.float32)
@@ -410,6 +424,8 @@ def qk_backward_kernel(
     c, h = slot // HV, slot % HV
     k0 = tl.program_id(1) * L
     row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if rows == 0:
+        return
     from_q = tl.zeros((L, L), dtype=tl.float32)
     from_w = tl.zeros((L, L), dtype=tl.float32)
     from_s = tl.zeros((L, L), dtype=tl.float32)
@@ -460,6 +476,8 @@ def gates_backward_kernel(
     slot = tl.program_id(0).to(tl.int64)
     c, h = slot // HV, slot % HV
     row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
+    if rows == 0:
+        return
     i = tl.arange(0, L)
     ahead = tl.load(d_gates + slot * L + i)
     grad = tl.load(from_pair + slot * L + i) + tl.load(from_v + slot * L + i)
