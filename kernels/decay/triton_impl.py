@@ -84,6 +84,10 @@ class Problem:
     def products(self) -> dict[str, Any]:
         return {"DOT": self.dot, "PRECISION": self.precision}
 
+    def warps(self, heavy: bool) -> int:
+        """8 where 4 would spill registers: fp32 operands, and the most gated variants."""
+        return 8 if heavy or self.dot == tl.float32 else 4
+
 
 def _blocks(width: int) -> int:
     return -(-width // BLOCK)
@@ -151,7 +155,7 @@ def _carry(
     p.launch(
         carry_kernel,
         p.sequences * p.heads * key_blocks * value_blocks,
-        4,
+        p.warps(gates[0] is not None and gates[1] is not None),
         1,
         x=x,
         y=y,
@@ -181,7 +185,7 @@ def _pair(p: Problem, x: Tensor, y: Tensor, g: Tensor | None, scale: float) -> T
     p.launch(
         pair_kernel,
         p.slots * p.heads,
-        4,
+        p.warps(False),
         1,
         x=x,
         y=y,
@@ -219,7 +223,7 @@ def _combine(
     p.launch(
         combine_kernel,
         p.slots * p.heads * _blocks(y_width),
-        4,
+        p.warps(gates[1] is not None),
         1,
         weights=weights,
         x=x,

@@ -34,17 +34,19 @@ def _locate(slot, table, bounds, T, CHUNKS, C: tl.constexpr, PACKED: tl.constexp
 
 @triton.jit
 def _rows(base, first, count, head, H, rows, columns, D: tl.constexpr):
-    """Load rows of a [tokens, H, D] tensor, zero outside the chunk or beyond D: [len(rows), len(columns)]."""
-    token = first + rows.to(tl.int64)
+    """Load rows of a [tokens, H, D] tensor, zero outside the chunk or beyond D: [len(rows), len(columns)].
+
+    Only the chunk's origin is a 64-bit offset; inside a chunk 32 bits suffice and save registers.
+    """
     inside = ((rows >= 0) & (rows < count))[:, None] & (columns < D)[None, :]
-    return tl.load(base + (token[:, None] * H + head) * D + columns[None, :], mask=inside, other=0.0)
+    origin = base + (first * H + head) * D
+    return tl.load(origin + (rows[:, None] * (H * D) + columns[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
 def _store_rows(base, value, first, count, head, H, rows, columns, D: tl.constexpr):
-    token = first + rows.to(tl.int64)
     inside = (rows < count)[:, None] & (columns < D)[None, :]
-    place = base + (token[:, None] * H + head) * D + columns[None, :]
+    place = base + (first * H + head) * D + (rows[:, None] * (H * D) + columns[None, :])
     tl.store(place, value.to(base.dtype.element_ty), mask=inside)
 
 
@@ -60,7 +62,8 @@ def cumulate_kernel(
 ):  # fmt: skip
     """sums_t = g_first + … + g_t inside each chunk. Grid: slots · H · BLOCKS."""
     program = tl.program_id(0).to(tl.int64)
-    block, head, slot = program % BLOCKS, program // BLOCKS % H, program // BLOCKS // H
+    block, row = (program % BLOCKS).to(tl.int32), program // BLOCKS
+    head, slot = row % H, row // H
     _, _, first, count = _locate(slot, table, bounds, T, CHUNKS, C, PACKED)
     rows = tl.arange(0, C)
     columns = block * BLOCK + tl.arange(0, BLOCK)
@@ -81,7 +84,7 @@ def carry_kernel(
     last chunk to the first, with the decay from the chunk's start. `gx`, `gy` are running sums, or None.
     """
     program = tl.program_id(0).to(tl.int64)
-    y_block, x_block = program % V_BLOCKS, program // V_BLOCKS % K_BLOCKS
+    y_block, x_block = (program % V_BLOCKS).to(tl.int32), (program // V_BLOCKS % K_BLOCKS).to(tl.int32)
     row = program // V_BLOCKS // K_BLOCKS
     head, sequence = row % H, row // H
     rows = tl.arange(0, C)
@@ -163,7 +166,7 @@ def pair_kernel(
                 total += tl.where(same, part, 0.0)
     total = tl.where(rows[:, None] > rows[None, :], total, 0.0)
     total = tl.where(rows[:, None] == rows[None, :], diagonal[:, None], total) * scale
-    place = weights + program * C * C + rows[:, None] * C + rows[None, :]
+    place = weights + program * C * C + (rows[:, None] * C + rows[None, :])
     tl.store(place, total.to(weights.dtype.element_ty))
 
 
@@ -182,7 +185,7 @@ def combine_kernel(
     without the term j = i).
     """
     program = tl.program_id(0).to(tl.int64)
-    y_block, row = program % Y_BLOCKS, program // Y_BLOCKS
+    y_block, row = (program % Y_BLOCKS).to(tl.int32), program // Y_BLOCKS
     head, slot = row % H, row // H
     _, _, first, count = _locate(slot, table, bounds, T, CHUNKS, C, PACKED)
     rows = tl.arange(0, C)
@@ -199,23 +202,18 @@ def combine_kernel(
         base = states + row * X * Y
         if TRANSPOSED:
             inside = (y_columns < Y)[:, None] & (x_columns < X)[None, :] & (count > 0)
-            state = tl.trans(tl.load(base + y_columns[:, None] * X + x_columns[None, :], mask=inside, other=0.0))
+            state = tl.trans(tl.load(base + (y_columns[:, None] * X + x_columns[None, :]), mask=inside, other=0.0))
         else:
             inside = (x_columns < X)[:, None] & (y_columns < Y)[None, :] & (count > 0)
-            state = tl.load(base + x_columns[:, None] * Y + y_columns[None, :], mask=inside, other=0.0)
+            state = tl.load(base + (x_columns[:, None] * Y + y_columns[None, :]), mask=inside, other=0.0)
         total += _dot(xs, state, DOT, PRECISION)
     total *= scale
-    ys = _rows(y, first, count, head, H, rows, y_columns, Y).to(tl.float32)
-    place = weights + row * C * C
+    place = weights + row * C * C + (rows[:, None] * C + rows[None, :])
+    pairs = tl.load(place, mask=rows[:, None] > rows[None, :], other=0.0)
     if REVERSE:
-        pairs = tl.trans(tl.load(place + rows[:, None] * C + rows[None, :])).to(tl.float32)
-        off_diagonal = tl.where(rows[:, None] < rows[None, :], pairs, 0.0)
-    else:
-        pairs = tl.load(place + rows[:, None] * C + rows[None, :]).to(tl.float32)
-        off_diagonal = tl.where(rows[:, None] > rows[None, :], pairs, 0.0)
-    diagonal = tl.sum(tl.where(rows[:, None] == rows[None, :], pairs, 0.0), 1)
+        pairs = tl.trans(pairs)
     if gy is None:
-        total += _dot(off_diagonal, ys, DOT, PRECISION)
+        total += _dot(pairs, _rows(y, first, count, head, H, rows, y_columns, Y), DOT, PRECISION)
     else:
         sums = _rows(gy, first, count, head, H, rows, y_columns, Y)
         if REVERSE:
@@ -228,12 +226,15 @@ def combine_kernel(
             factor = tl.exp(-tl.abs(sums - middle).to(tl.float32))
             target = ((rows >> level) & 1)[:, None] == (0 if REVERSE else 1)
             same = (rows >> (level + 1))[:, None] == (rows >> (level + 1))[None, :]
-            part = _dot(tl.where(same, off_diagonal, 0.0), tl.where(target, 0.0, ys * factor), DOT, PRECISION)
+            ys = _rows(y, first, count, head, H, rows, y_columns, Y).to(tl.float32)
+            part = _dot(tl.where(same, pairs, 0.0), tl.where(target, 0.0, ys * factor), DOT, PRECISION)
             total += tl.where(target, part * factor, 0.0)
     if flow is not None:
         mate = _rows(partner, first, count, head, H, rows, y_columns, Y).to(tl.float32)
         _store_rows(flow, mate * total, first, count, head, H, rows, y_columns, Y)
     if out is not None:
+        diagonal = tl.load(weights + row * C * C + rows * (C + 1)).to(tl.float32)
+        ys = _rows(y, first, count, head, H, rows, y_columns, Y).to(tl.float32)
         _store_rows(out, total + diagonal[:, None] * ys, first, count, head, H, rows, y_columns, Y)
 
 
@@ -248,7 +249,7 @@ def gate_grad_kernel(
     Every term passes through at least one gate, so nothing large cancels. States are [D,OTHER], TRANSPOSED [OTHER,D].
     """
     program = tl.program_id(0).to(tl.int64)
-    block, row = program % BLOCKS, program // BLOCKS
+    block, row = (program % BLOCKS).to(tl.int32), program // BLOCKS
     head, slot = row % H, row // H
     sequence, local, first, count = _locate(slot, table, bounds, T, CHUNKS, C, PACKED)
     rows = tl.arange(0, C)
@@ -280,11 +281,11 @@ def step_kernel(
 ):  # fmt: skip
     """T decoding steps on one K×BV tile of the state, in place. Grid: B · H · V_BLOCKS."""
     program = tl.program_id(0).to(tl.int64)
-    block, row = program % V_BLOCKS, program // V_BLOCKS
+    block, row = (program % V_BLOCKS).to(tl.int32), program // V_BLOCKS
     head, batch = row % H, row // H
     keys = tl.arange(0, BK)
     values = block * BV + tl.arange(0, BV)
-    tile = state + row * K * V + keys[:, None] * V + values[None, :]
+    tile = state + row * K * V + (keys[:, None] * V + values[None, :])
     inside = (keys < K)[:, None] & (values < V)[None, :]
     current = tl.load(tile, mask=inside, other=0.0).to(tl.float32)
     for t in range(0, T):

@@ -1,0 +1,118 @@
+"""Shipped Triton kernels compile for chips that are not here, within each chip's shared memory and without spilling.
+
+Every `kernels/<name>/triton_impl.py` offers `configurations()`. The compiler runs in a process of its own: this one has
+Triton in interpreter mode. By default every kernel is compiled once, in its most demanding configuration; `-m slow`
+compiles all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDERS = sorted(path.parent.name for path in (Path(__file__).parents[2] / "kernels").glob("*/triton_impl.py"))
+
+# Folders whose kernels must not spill registers (a few bytes of stack are the compiler's own).
+SPILL_FREE = ("decay",)
+STACK_LIMIT = 64
+
+# Shared memory that one block may use, in bytes.
+LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+PROGRAM = r"""
+import importlib, json, re, subprocess, sys, tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+folder, everything, *targets = sys.argv[1:]
+
+
+def demand(configuration):
+    _, _, signature, constexprs, _, _ = configuration
+    exact = sum(kind in ("*fp32", "*fp64") for kind in signature.values())
+    given = sum(kind != "constexpr" for kind in signature.values())
+    return exact, given, sum(value for value in constexprs.values() if isinstance(value, int))
+
+
+def selected():
+    found = {}
+    for configuration in importlib.import_module(f"fla_swap.kernels.{folder}.triton_impl").configurations():
+        key = configuration[0] if everything == "all" else configuration[1].fn.__name__
+        if key not in found or demand(configuration) > demand(found[key]):
+            found[key] = configuration
+    return found.values()
+
+
+def target_of(name):
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+
+
+def spilled(compiled):
+    cubin = compiled.asm.get("cubin")
+    if cubin is None:
+        match = re.search(r"vgpr_spill_count:\s*(\d+)", compiled.asm.get("amdgcn", ""))
+        return int(match.group(1)) if match else 0
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
+
+
+for name, kernel, signature, constexprs, num_warps, num_stages in selected():
+    for target in targets:
+        row = {"folder": folder, "kernel": kernel.fn.__name__, "name": name, "target": target}
+        try:
+            aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+            source = triton.compiler.ASTSource(kernel, signature, constexprs, aligned)
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            compiled = triton.compile(source, target=target_of(target), options=options)
+            row |= {"shared": compiled.metadata.shared, "spilled": spilled(compiled)}
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:2000]
+        sys.stdout.write(json.dumps(row) + "\n")
+"""
+
+
+def compile_all(folder: str, which: str, targets: list[str]) -> list[dict[str, object]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM, folder, which, *targets]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(rows: list[dict[str, object]]) -> None:
+    assert rows, "configurations() yielded no kernel"
+    wrong = []
+    for row in rows:
+        if "error" in row:
+            wrong.append(f"{row['name']} on {row['target']}: {row['error']}")
+        elif row["folder"] in SPILL_FREE and row["spilled"] > STACK_LIMIT:
+            wrong.append(f"{row['name']} on {row['target']}: {row['spilled']} bytes of registers spilled")
+        elif row["shared"] > LIMITS[row["target"]]:
+            wrong.append(f"{row['name']} on {row['target']}: {row['shared']} bytes of shared memory")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_kernel_compiles_for_every_chip(folder: str) -> None:
+    check(compile_all(folder, "one", list(LIMITS)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", list(LIMITS))
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_configuration_compiles(folder: str, target: str) -> None:
+    check(compile_all(folder, "all", [target]))
