@@ -6,6 +6,9 @@ Works in any floating dtype (float64 for comparisons) and is differentiated by a
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,3 +75,61 @@ def gated_delta_rule_reference(
         o = torch.cat(outputs)
         o = torch.cat((o, o.new_zeros(total - o.shape[0], value_heads, value_width)))[None]
     return o.to(out_dtype), torch.stack(states) if output_final_state else None
+
+
+def _make_inputs(
+    device: torch.device | str, dtype: torch.dtype, T: int, H: int, D: int, seed: int, gated: bool = True
+) -> dict[str, Tensor]:
+    """Random inputs for one comparison: B = 2, HV = 2H, K = V = D, β from 0 to 2, decays down to e^−0.5 a step."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    tensors = {"q": normal(2, T, H, D), "k": normal(2, T, H, D), "v": normal(2, T, 2 * H, D)}
+    if gated:
+        tensors["g"] = uniform(2, T, 2 * H) * -0.5
+    tensors["beta"] = uniform(2, T, 2 * H) * 2
+    tensors = {name: x.to(device, dtype).requires_grad_() for name, x in tensors.items()}
+    tensors["initial_state"] = (normal(2, 2 * H, D, D) * 0.3).to(device).requires_grad_()
+    return tensors
+
+
+def _delta_rule_reference(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    return gated_delta_rule_reference(q, k, v, None, beta, **options)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """The public operator, looked up when called: `ops` imports this module."""
+
+    def call(**arguments: Any) -> Any:
+        from fla_swap.kernels.delta import ops
+
+        return getattr(ops, name)(**arguments)
+
+    call.__name__ = name
+    return call
+
+
+_OPTIONS = {"output_final_state": True, "qk_l2norm": True}
+NUMERICS_CASES: tuple[dict[str, Any], ...] = (
+    {
+        "name": "gated_delta_rule",
+        "op": _operator("gated_delta_rule"),
+        "reference": gated_delta_rule_reference,
+        "make": _make_inputs,
+        "kwargs": _OPTIONS,
+    },
+    {
+        "name": "delta_rule",
+        "op": _operator("delta_rule"),
+        "reference": _delta_rule_reference,
+        "make": partial(_make_inputs, gated=False),
+        "kwargs": _OPTIONS,
+    },
+)

@@ -447,7 +447,10 @@ def step(
 
 
 def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Kernels as shipped, bf16 (D 64 to 256) and fp32 (64, 128): name, kernel, signature, constexprs, num_warps, num_stages."""
+    """Kernels as shipped, bf16 (D 64 to 256) and fp32 (64, 128).
+
+    Yields name, kernel, signature, constexprs, num_warps, num_stages.
+    """
     found: dict[str, tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = {}
 
     def record(kernel: Any, grid: tuple[int, int], num_warps: int, num_stages: int, **arguments: Any) -> None:
