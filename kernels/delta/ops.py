@@ -271,6 +271,8 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, beta, initial_state; empty for those that are None."""
     inputs = (q, k, v, g, beta, initial_state, cu_seqlens)
+    if not inverse.numel():  # a graph exported for inference is being trained: nothing was saved
+        _, _, inverse, states, v_new = _forward_op(*inputs, scale, qk_l2norm, False, True, implementation)
     if choose_implementation(implementation, q.device) == "triton":
         from fla_swap.kernels.delta import triton_impl
 

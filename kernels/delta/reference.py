@@ -39,7 +39,7 @@ def gated_delta_rule_reference(
     Arguments and results as in `fla_swap.kernels.delta.ops.gated_delta_rule`; computes in q's dtype, at least fp32.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
-    batch, total, heads, width = q.shape
+    batch, _, heads, width = q.shape
     value_heads, value_width = v.shape[2:]
     scale = width**-0.5 if scale is None else scale
     out_dtype = v.dtype
@@ -48,33 +48,34 @@ def gated_delta_rule_reference(
     if qk_l2norm:
         q, k = l2_normalise(q), l2_normalise(k)
     q, k = (x.repeat_interleave(value_heads // heads, dim=2) for x in (q, k))
+    state = q.new_zeros(batch, value_heads, width, value_width) if initial_state is None else initial_state.to(compute)
     if cu_seqlens is None:
-        pieces = [(b, 0, total) for b in range(batch)]
+        o, state = _loop(q, k, v, g, beta, state)
     else:
         bounds = cu_seqlens.tolist()
-        pieces = [(0, start, stop) for start, stop in itertools.pairwise(bounds)]
-
-    outputs, states = [], []
-    for number, (b, start, stop) in enumerate(pieces):
         if initial_state is None:
-            state = q.new_zeros(value_heads, width, value_width)
-        else:
-            state = initial_state[number].to(compute)
-        rows = []
-        for t in range(start, stop):
-            if g is not None:
-                state = state * g[b, t].exp()[:, None, None]
-            error = v[b, t] - torch.einsum("hk,hkv->hv", k[b, t], state)
-            state = state + torch.einsum("hk,hv->hkv", k[b, t], beta[b, t, :, None] * error)
-            rows.append(scale * torch.einsum("hk,hkv->hv", q[b, t], state))
-        outputs.append(torch.stack(rows) if rows else v.new_zeros(0, value_heads, value_width))
-        states.append(state)
-    if cu_seqlens is None:
-        o = torch.stack(outputs)
-    else:
-        o = torch.cat(outputs)
-        o = torch.cat((o, o.new_zeros(total - o.shape[0], value_heads, value_width)))[None]
-    return o.to(out_dtype), torch.stack(states) if output_final_state else None
+            state = state.expand(len(bounds) - 1, -1, -1, -1)
+        outputs, states = [], []
+        for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            rows = [x if x is None else x[:, start:stop] for x in (q, k, v, g, beta)]
+            piece, last = _loop(*rows, state[n : n + 1])
+            outputs.append(piece)
+            states.append(last)
+        o, state = torch.cat((*outputs, v.new_zeros(v[:, bounds[-1] :].shape)), 1), torch.cat(states)
+    return (scale * o).to(out_dtype), state if output_final_state else None
+
+
+def _loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """o without the scale, and the last state; every argument has HV heads."""
+    rows = []
+    decays = beta.new_ones(beta.shape) if g is None else g.exp()
+    steps = zip(*(x.unbind(1) for x in (q, k, v, decays, beta)), strict=True)
+    for q_t, k_t, v_t, decay, beta_t in steps:
+        state = state * decay[..., None, None]
+        wrong = v_t - torch.einsum("bhk,bhkv->bhv", k_t, state)
+        state = state + torch.einsum("bhk,bhv->bhkv", k_t, beta_t[..., None] * wrong)
+        rows.append(torch.einsum("bhk,bhkv->bhv", q_t, state))
+    return torch.stack(rows, 1) if rows else v, state
 
 
 def _make_inputs(
