@@ -19,6 +19,7 @@ CASE_MODULES = (
     "fla_swap.kernels.decay.reference",
     "fla_swap.kernels.delta.reference",
     "fla_swap.kernels.window.reference",
+    "fla_swap.kernels.fused.reference",
 )
 
 GATES = ("g", "gv")
@@ -105,7 +106,7 @@ def compare(name: str, case: Mapping[str, Any], shape: Shape, dtype: torch.dtype
     inputs = _inputs(case, shape, dtype, settings)
     exact = {n: _leaf(x.double(), x) if x.is_floating_point() else x for n, x in inputs.items()}
     kwargs = dict(case["kwargs"])
-    if "output_final_state" in inspect.signature(case["op"]).parameters:
+    if accepts(case, "output_final_state"):
         kwargs.setdefault("output_final_state", True)
     expected = _flatten(case["reference"](**exact, **kwargs))
     generator = torch.Generator().manual_seed(settings.seed + 1)
@@ -115,9 +116,10 @@ def compare(name: str, case: Mapping[str, Any], shape: Shape, dtype: torch.dtype
     }
     expected |= _gradients(expected, exact, cotangents)
     expected = {n: x.detach() for n, x in expected.items()}
-    for implementation in ("triton", "torch") if settings.device.startswith("cuda") else ("torch",):
+    for implementation in _implementations(case, settings.device):
+        chosen = kwargs if implementation == "only" else kwargs | {"implementation": implementation}
         poison(settings.device)
-        got = _flatten(case["op"](**inputs, **kwargs, implementation=implementation))
+        got = _flatten(case["op"](**inputs, **chosen))
         poison(settings.device)
         got |= _gradients(got, inputs, cotangents)
         for quantity, reference in expected.items():
@@ -135,6 +137,21 @@ def compare(name: str, case: Mapping[str, Any], shape: Shape, dtype: torch.dtype
                 bar=ZERO_BAR if zero else BARS[_name(dtype)][kind],
                 note="" if error is not None else f"{quantity}, {shape.label}: NaN or infinity",
             )
+
+
+def accepts(case: Mapping[str, Any], argument: str) -> bool:
+    """Whether the operator takes this keyword (a wrapper of `**arguments` takes what the operator behind it takes)."""
+    parameters = inspect.signature(case["op"]).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        parameters = inspect.signature(case["reference"]).parameters
+        return argument == "implementation" or argument in parameters or "options" in parameters
+    return argument in parameters
+
+
+def _implementations(case: Mapping[str, Any], device: str) -> tuple[str, ...]:
+    if not accepts(case, "implementation"):
+        return ("only",)
+    return ("triton", "torch") if device.startswith("cuda") else ("torch",)
 
 
 def _inputs(case: Mapping[str, Any], shape: Shape, dtype: torch.dtype, settings: Settings) -> dict[str, Tensor]:
@@ -215,6 +232,8 @@ def run_case(name: str, case: Mapping[str, Any], settings: Settings) -> Iterator
     """Every shape and dtype of one case."""
     for shape in shapes(settings.device, settings.quick):
         if shape.extreme and not set(case.get("gates", GATES)) & _arguments(case):
+            continue
+        if shape.bounds and not accepts(case, "cu_seqlens"):
             continue
         for dtype in (torch.float32, torch.bfloat16):
             yield from compare(name, case, shape, dtype, settings)

@@ -118,7 +118,7 @@ def worst(rows: list[Row]) -> list[Row]:
 
 
 def _ratio(row: Row) -> float:
-    return float("inf") if row.error is None else row.error / row.bar
+    return float("inf") if row.error is None or row.bar == 0 else row.error / row.bar
 
 
 def _cells(row: Row) -> list[str]:
