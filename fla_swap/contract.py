@@ -187,7 +187,9 @@ def _is_mask(value: Tensor, site: AttentionSite, valid: Tensor) -> bool:
         return not value.is_floating_point() and torch.equal(seen.expand(batch, length), valid)
     if value.dim() != 4 or value.shape[-2] != length:
         return False
-    wanted = expected(site.mask, length).to(valid.device)[None, None] & valid[:, None, None, :]
+    padding = valid.int().argmax(1).tolist()
+    wanted = torch.stack([expected(site.mask, length, start) for start in padding])[:, None].to(valid.device)
+    wanted = wanted & valid[:, None, None, :]
     rows = valid[:, None, :, None]
     return bool(((seen == wanted) | ~rows).all())
 

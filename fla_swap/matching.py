@@ -6,8 +6,8 @@ Each step that holds counts as progress; the first that does not becomes the nea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +20,14 @@ from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.graph import CapturedGraph, modules_of, op_name, shape, source_of
 from fla_swap.patterns.heads import Heads, HeadsRefused, group, trace_heads
-from fla_swap.patterns.mask import MaskRefused, alibi_slopes, classify, evaluate_mask, length_hints
+from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify, evaluate_mask, length_hints
 from fla_swap.patterns.norm import NormFacts
 from fla_swap.patterns.output import Boundary, check_order, find_boundary, find_output, find_owner
 from fla_swap.patterns.path import Path, walk_path
 from fla_swap.patterns.projection import Linear
 from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, NearMiss, Norm, Projection
+
+_BIDIRECTIONAL = "the attention is bidirectional (an encoder): nothing to keep as a state"
 
 
 class _Stop(Exception):
@@ -66,9 +68,8 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
             sites.append(attempt.run(len(sites)))
         except _Stop as stop:
             misses.append(attempt.near_miss(stop))
-    sites, shared = _one_per_owner(sites)
     misses.sort(key=lambda m: -m.progress)
-    return MatchResult(sites=tuple(sites), near_misses=(*shared, *misses), unclaimed=tuple(unclaimed))
+    return MatchResult(sites=tuple(sites), near_misses=tuple(misses), unclaimed=tuple(unclaimed))
 
 
 def mask_lengths(graph: CapturedGraph, patterns: Catalogue) -> set[int]:
@@ -94,23 +95,6 @@ def _core_nodes(graph: CapturedGraph, patterns: Catalogue) -> list[tuple[fx.Node
             found.append((node, result))
     graph.known["cores"] = found
     return found
-
-
-def _one_per_owner(sites: list[AttentionSite]) -> tuple[list[AttentionSite], list[NearMiss]]:
-    counts = Counter(s.fqn for s in sites)
-    kept = [s for s in sites if counts[s.fqn] == 1]
-    shared = {s.fqn: s for s in sites if counts[s.fqn] > 1}
-    misses = [
-        NearMiss(
-            fqn=fqn,
-            slot="owner",
-            reason=f"the module runs {counts[fqn]} attentions in one forward pass (it is shared, or does several)",
-            source=site.source,
-            progress=7,
-        )
-        for fqn, site in shared.items()
-    ]
-    return [dataclasses.replace(s, layer=i) for i, s in enumerate(kept)], misses
 
 
 def _where(node: fx.Node) -> str:
@@ -216,19 +200,23 @@ class _Attempt:
         owner = find_owner([out, self.node, o.out, *(linear.out for linear in inputs)])
         if owner is None:
             raise _Stop("owner", "the projections and the core belong to no common module", self.node)
+        cores = [
+            n for n, r in _core_nodes(self.graph, self.patterns) if isinstance(r, Found) and owner in modules_of(n)
+        ]
+        if len(cores) > 1:
+            reason = f"{owner!r} runs {len(cores)} attentions in one forward pass (it is shared, or does several)"
+            raise _Stop("owner", reason, self.node)
         boundary = find_boundary(owner, inputs[0], o, self.graph)
         if isinstance(boundary, Refused):
-            self._refuse_encoder()
+            with contextlib.suppress(MaskRefused):
+                self._refuse_encoder()
             raise _Stop("owner", boundary.reason, boundary.node)
         self.done.append("owner")
         return boundary
 
     def _refuse_encoder(self) -> None:
-        try:
-            self._mask(1)
-        except _Stop as stop:
-            if "bidirectional" in stop.reason:
-                raise
+        if classify(self._tables()).kind == "bidirectional":
+            raise _Stop("mask", _BIDIRECTIONAL, self.node)
 
     def _heads(
         self, core: dict[str, Any], q: Path, k: Path, v: Path, boundary: Boundary
@@ -261,22 +249,26 @@ class _Attempt:
         if reason is not None:
             raise _Stop("output", reason, o.out)
 
+    def _tables(self) -> list[MaskTable]:
+        """What the mask is at each length."""
+        tables = []
+        for node, graph in zip(self.nodes, self.graphs, strict=True):
+            core = self._core(node, graph)
+            key = ("mask", core["causal"], *core["mask"])
+            if key not in graph.known:
+                graph.known[key] = evaluate_mask(core["mask"], core["causal"], graph)
+            tables.append(graph.known[key])
+        return tables
+
     def _mask(self, heads: int) -> tuple[Mask, tuple[float, ...] | None]:
-        node = self.node
         try:
-            tables = []
-            for node, graph in zip(self.nodes, self.graphs, strict=True):
-                core = self._core(node, graph)
-                key = ("mask", core["causal"], *((t.kind, t.node) for t in core["mask"]))
-                if key not in graph.known:
-                    graph.known[key] = evaluate_mask(core["mask"], core["causal"], graph)
-                tables.append(graph.known[key])
+            tables = self._tables()
             mask = classify(tables)
             alibi = alibi_slopes(tables[0], heads)
         except MaskRefused as refused:
-            raise _Stop("mask", str(refused), node) from refused
+            raise _Stop("mask", str(refused), self.node) from refused
         if mask.kind == "bidirectional":
-            raise _Stop("mask", "the attention is bidirectional (an encoder): nothing to keep as a state", self.node)
+            raise _Stop("mask", _BIDIRECTIONAL, self.node)
         longest = max(g.length for g in self.graphs)
         hints = length_hints(self._core(self.nodes[0], self.graph)["mask"], self.graph)
         if mask.kind == "causal" and any(longest <= h < self.graphs[-1].limit for h in hints):

@@ -176,8 +176,7 @@ class CapturedGraph:
         while changed:
             changed = False
             for node in self._mutators:
-                late = self.order(node) > self.order(target)
-                if node in needed or late or self.is_open(node) or alias_root(node) not in needed:
+                if node in needed or self.is_open(node) or alias_root(node) not in needed:
                     continue
                 self._collect(node, known, needed)
                 changed = True

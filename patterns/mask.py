@@ -85,9 +85,9 @@ def classify(tables: Sequence[MaskTable]) -> Mask:
     )
 
 
-def expected(mask: Mask, length: int) -> Tensor:
-    """bool [T, T]: which keys (columns) each query (row) sees."""
-    j, i = torch.arange(length)[None, :], torch.arange(length)[:, None]
+def expected(mask: Mask, length: int, start: int = 0) -> Tensor:
+    """bool [T, T]: which keys (columns) each query (row) sees; chunks are counted from the token `start`."""
+    j, i = torch.arange(length)[None, :] - start, torch.arange(length)[:, None] - start
     if mask.kind == "bidirectional":
         return torch.ones(length, length, dtype=torch.bool)
     seen = j <= i
