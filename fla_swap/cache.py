@@ -166,6 +166,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         `tokens_to_remove` is negative (transformers' convention; a positive number is a length to crop to), and 0
         accepts everything so far. SwapError when those tokens were not recorded.
         """
+        tokens_to_remove = int(tokens_to_remove)  # generate may pass a tensor
         if tokens_to_remove > 0:
             tokens_to_remove = min(tokens_to_remove - int(self.count), 0)
         self.settled = True

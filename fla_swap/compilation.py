@@ -1,14 +1,147 @@
-"""Compiled forward, prefill and decode, behind transformers' unchanged API."""
+"""Compiled forward, prefill and decode, behind transformers' unchanged API.
+
+One forward, compiled twice without graph breaks: for several tokens (length dynamic) and for one token on a cache.
+`generate` gets a static cache, whose tensors and states stay at fixed addresses, so that a decode step can be a CUDA
+graph.
+"""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+from fla_swap.errors import SwapError
+from fla_swap.hybrid import prepare_cache
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# A compiled model's static caches are this many tokens long, or a multiple: fewer lengths, fewer compilations.
+CACHE_STEP = 64
+RECOMPILE_LIMIT = 64
+# Arguments whose last (or only) time dimension varies between calls: name → dimensions by rank.
+TIME = {
+    "input_ids": {2: 1},
+    "inputs_embeds": {3: 1},
+    "attention_mask": {2: 1, 4: 2},
+    "position_ids": {2: 1},
+    "labels": {2: 1},
+    "token_type_ids": {2: 1},
+}
 
 
-def compile(model: Model) -> Model:
-    """Compile a model's forward in place."""
+class CompiledForward:
+    """Takes the place of a model's `forward`: sends a call to the compiled decode step or the compiled rest."""
+
+    def __init__(self, forward: Callable[..., Any], *, backend: str, cuda_graphs: bool):
+        functools.update_wrapper(self, forward)
+        self.__signature__ = inspect.signature(forward)
+        options = {"fullgraph": True, "backend": backend, **_own_limits()}
+        self.cuda_graphs = cuda_graphs
+        self.many: Callable[..., Any] = torch.compile(forward, **options)
+        self.step: Callable[..., Any] = self.many
+        if cuda_graphs:
+            self.step = torch.compile(forward, **options, mode="reduce-overhead")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs)
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        tokens = next((given[n].shape[1] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
+        if tokens == 1 and given.get("past_key_values") is not None:
+            if self.cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            return self.step(*args, **kwargs)
+        for name, dimensions in TIME.items():
+            value = given.get(name)
+            if isinstance(value, Tensor) and value.dim() in dimensions:
+                torch._dynamo.maybe_mark_dynamic(value, dimensions[value.dim()])
+        return self.many(*args, **kwargs)
+
+
+class StaticCachePreparation:
+    """Takes the place of `_prepare_cache_for_generation`: a static cache unless the caller asks for another one."""
+
+    def __init__(self, model: nn.Module, prepare: Callable[..., Any]):
+        self.model, self.prepare = model, prepare
+
+    def __call__(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        model: Any = self.model
+        chosen = generation_config.cache_implementation is not None or generation_config.use_cache is False
+        rolls_back = generation_config.is_assistant or "assisted" in str(generation_mode).lower()
+        if not (chosen or rolls_back or model_kwargs.get("past_key_values") is not None):
+            generation_config.cache_implementation = "static"
+            max_cache_length = -(-max_cache_length // CACHE_STEP) * CACHE_STEP
+        result = self.prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, StaticCache):
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            allocate(model, cache, rows)
+        return result
+
+
+def compile(model: Model, *, backend: str = "inductor", cuda_graphs: bool | None = None) -> Model:
+    """Compile the forward and the decode step of `model`, in place, as whole graphs (`fullgraph=True`).
+
+    `model(...)` and `model.generate(...)` are called as before; the first call of a kind compiles. `generate` uses a
+    static cache unless it is told otherwise (or has to roll back: assisted decoding). `uncompile` undoes it.
+
+    Args:
+        cuda_graphs: run the decode step as a CUDA graph; None: on CUDA devices.
+    Raises:
+        SwapError: the model is compiled already.
+        torch._dynamo.exc.Unsupported: something in the model's own code breaks the graph.
+    """
+    if isinstance(vars(model).get("forward"), CompiledForward):
+        raise SwapError("this model is compiled already; `uncompile` it first")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    graphs = device.type == "cuda" if cuda_graphs is None else cuda_graphs
+    target: Any = model
+    if hasattr(model, "_prepare_cache_for_generation"):
+        target._prepare_cache_for_generation = StaticCachePreparation(model, target._prepare_cache_for_generation)
+        target._valid_auto_compile_criteria = _never
+    target.forward = CompiledForward(target.forward, backend=backend, cuda_graphs=graphs)
     return model
+
+
+def uncompile(model: Model) -> Model:
+    """Undo `compile`, in place."""
+    if not isinstance(vars(model).get("forward"), CompiledForward):
+        raise SwapError("this model is not compiled")
+    for name in ("forward", "_prepare_cache_for_generation", "_valid_auto_compile_criteria"):
+        if name in vars(model):
+            delattr(model, name)
+    return model
+
+
+def allocate(model: nn.Module, cache: StaticCache, batch_size: int) -> None:
+    """Allocate everything in a static cache now, so that no compiled graph has to: states, then keys and values."""
+    prepare_cache(model, cache, batch_size)
+    target: Any = model
+    shape = target._get_static_cache_init_shape()
+    if shape is not None:
+        heads, head_dim = shape
+        cache.early_initialization(batch_size, heads, head_dim, target.dtype, target.device)
+
+
+def _never(*args: Any, **kwargs: Any) -> bool:
+    """transformers would compile the decode step once more, around the compiled one."""
+    return False
+
+
+def _own_limits() -> dict[str, Any]:
+    """Recompilations counted for this model alone, where torch can (2.13): `fullgraph` makes the limit an error."""
+    known = inspect.signature(torch.compile).parameters
+    wanted = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
+    return {name: value for name, value in wanted.items() if name in known}

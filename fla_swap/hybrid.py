@@ -293,11 +293,15 @@ class HybridModel:
         return result
 
 
-def prepare_cache(model: nn.Module, cache: Any) -> None:
-    """Put a state layer into `cache` for every swapped layer that keeps a state."""
+def prepare_cache(model: nn.Module, cache: Any, batch_size: int | None = None) -> None:
+    """Put a state layer into `cache` for every swapped layer that keeps a state; with `batch_size`, allocate it too."""
     for module in model.modules():
-        if isinstance(module, SwappedAttention) and not module.mixer.uses_kv_cache:
-            install_layer(cache, module.cache_index())
+        if not isinstance(module, SwappedAttention) or module.mixer.uses_kv_cache:
+            continue
+        layer = install_layer(cache, module.cache_index())
+        if batch_size is not None:
+            like = next(module.mixer.parameters())
+            layer.prepare(module.mixer, batch_size, like.device, like.dtype)
 
 
 _classes: dict[type, type] = {}
