@@ -272,6 +272,17 @@ def test_compiles_whole_and_once_for_all_lengths() -> None:
     assert counter.frame_count <= 2
 
 
+def test_a_compiled_step_updates_the_state_in_place() -> None:
+    inputs = {n: x.detach() for n, x in make(1).items()}
+    state = inputs.pop("initial_state")
+    expected = state.clone()
+    compiled = torch.compile(lambda state: gla_step(**inputs, state=state) * 2, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        o = compiled(state)
+    torch.testing.assert_close(o, gla_step(**inputs, state=expected) * 2)
+    torch.testing.assert_close(state, expected)
+
+
 def test_exports() -> None:
     class Layer(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
