@@ -11,10 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BASE = ("types", "errors")
+BASE = ("types", "errors", "arguments")
 LEAVES = ("kernels", "patterns")
 STAGES = (
     "capture",
+    "contract",
     "matching",
     "verification",
     "planning",
