@@ -219,12 +219,20 @@ def _forward_op(
         from fla_swap.kernels.delta import triton_impl
 
         o, final, inverse = triton_impl.forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm)
-        kept = (inverse, _nothing(inverse), _nothing(inverse))
+        states = v_new = inverse
+        keep_states = False
     else:
-        o, final, *kept = torch_impl.forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm)
-    if not save:
-        kept = [_nothing(final) for _ in kept]
-    return o, final if output_final_state else _nothing(final), *kept
+        o, final, inverse, states, v_new = torch_impl.forward(
+            q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm
+        )
+        keep_states = save
+    return (
+        o,
+        final if output_final_state else _nothing(final),
+        inverse if save else _nothing(final),
+        states if keep_states else _nothing(final),
+        v_new if keep_states else _nothing(final),
+    )
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -297,9 +305,9 @@ def _(q, k, v, g, beta, initial_state, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, _, _, implementation = inputs
+    q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, has_final, _, implementation = inputs
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *output[2:])
-    ctx.scale, ctx.qk_l2norm, ctx.implementation = scale, qk_l2norm, implementation
+    ctx.scale, ctx.qk_l2norm, ctx.has_final, ctx.implementation = scale, qk_l2norm, has_final, implementation
     ctx.set_materialize_grads(False)
 
 
@@ -308,7 +316,7 @@ def _backward(ctx, d_o, d_final, *_):
     v, g, initial_state = saved[2], saved[3], saved[5]
     if d_o is None:
         d_o = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    grads = _backward_op(*saved, d_o, d_final, ctx.scale, ctx.qk_l2norm, ctx.implementation)
+    grads = _backward_op(*saved, d_o, d_final if ctx.has_final else None, ctx.scale, ctx.qk_l2norm, ctx.implementation)
     d_q, d_k, d_v, d_g, d_beta, d_initial = grads
     none = (None,) * 6
     return d_q, d_k, d_v, None if g is None else d_g, d_beta, None if initial_state is None else d_initial, *none

@@ -41,7 +41,7 @@ def gated_delta_rule_reference(
     compute = torch.promote_types(q.dtype, torch.float32)
     batch, _, heads, width = q.shape
     value_heads, value_width = v.shape[2:]
-    scale = width**-0.5 if scale is None else scale
+    factor = width**-0.5 if scale is None else scale
     out_dtype = v.dtype
     q, k, v, beta = (x.to(compute) for x in (q, k, v, beta))
     g = None if g is None else g.to(compute)
@@ -57,12 +57,13 @@ def gated_delta_rule_reference(
             state = state.expand(len(bounds) - 1, -1, -1, -1)
         outputs, states = [], []
         for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            rows = [x if x is None else x[:, start:stop] for x in (q, k, v, g, beta)]
-            piece, last = _loop(*rows, state[n : n + 1])
+            q_n, k_n, v_n, beta_n = (x[:, start:stop] for x in (q, k, v, beta))
+            g_n = None if g is None else g[:, start:stop]
+            piece, last = _loop(q_n, k_n, v_n, g_n, beta_n, state[n : n + 1])
             outputs.append(piece)
             states.append(last)
         o, state = torch.cat((*outputs, v.new_zeros(v[:, bounds[-1] :].shape)), 1), torch.cat(states)
-    return (scale * o).to(out_dtype), state if output_final_state else None
+    return (o * factor).to(out_dtype), state if output_final_state else None
 
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -286,7 +286,7 @@ def backward(
     )
     d_qk, d_kk = p.scratch(p.slots, CHUNK, CHUNK), p.scratch(p.slots, CHUNK, CHUNK)
     d_gates, from_pair = torch.empty_like(gates), torch.empty_like(gates)
-    shared = {"q": q, "k": k, "beta": beta, "d_o": d_o, "v_new": v_new, "du": du, "gates": gates}
+    shared: dict[str, Any] = {"q": q, "k": k, "beta": beta, "d_o": d_o, "v_new": v_new, "du": du, "gates": gates}
     shared |= {"d_qk": d_qk, "d_kk": d_kk, "chunks": p.chunks, "scale": scale}
     shared |= {"PRECISION": p.precision, **p.sizes}
     p.run(kernels.pair_backward_kernel, p.slots, d_gates=d_gates, d_factor=from_pair, **shared)

@@ -7,7 +7,7 @@ in the token-major arrays [B·T, heads, D]; `sequences` [N, 2] int64 holds (firs
 """
 
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
-# pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnbound=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton
