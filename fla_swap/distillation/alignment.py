@@ -21,7 +21,7 @@ class LayerCall:
     """How one swapped layer was called in the original model, and what its original returned: `target` [B, T, D]."""
 
     fqn: str
-    module: nn.Module
+    module: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     target: Tensor

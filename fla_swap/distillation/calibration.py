@@ -50,16 +50,16 @@ class Layer:
     """One mixer with its calls and evidence; the first half of the sequences is for fitting, the rest for judging."""
 
     def __init__(self, call: LayerCall, evidence: Evidence):
-        self.fqn, self.mixer = call.fqn, call.module.mixer  # type: ignore[union-attr]
+        self.fqn, self.mixer = call.fqn, call.module.mixer
         self.hidden, self.kwargs = call.mix_arguments()
         self.evidence = evidence
         self.fit = max(1, self.hidden.shape[0] // 2)
 
     def heads(self) -> Tensor:
-        return self.mixer.head_outputs(self.hidden, **self.kwargs).float()  # type: ignore[operator]
+        return self.mixer.head_outputs(self.hidden, **self.kwargs).float()
 
     def weight(self) -> Tensor:
-        return self.mixer.o_proj.weight.float()  # type: ignore[union-attr]
+        return self.mixer.o_proj.weight.float()
 
     def error(self, heads: Tensor | None = None) -> float:
         """Relative error of the layer's output on the judging sequences."""
@@ -98,7 +98,7 @@ def calibrate(model: nn.Module, blocks: Tensor, config: CalibrationConfig) -> li
 
 
 def can_calibrate(call: LayerCall) -> bool:
-    return bool(getattr(call.module.mixer, "calibratable", False))  # type: ignore[union-attr]
+    return bool(getattr(call.module.mixer, "calibratable", False))
 
 
 def look_at(model: nn.Module, call: LayerCall) -> Evidence:
@@ -161,14 +161,14 @@ def fit_half_lives(layer: Layer, multiples: tuple[float, ...]) -> bool:
     return pick_per_head(
         layer,
         layer.mixer.set_half_life_,
-        [layer.evidence.distance * m for m in multiples],  # type: ignore[arg-type]
+        [layer.evidence.distance * m for m in multiples],
     )
 
 
 def fit_betas(layer: Layer, betas: tuple[float, ...]) -> bool:
     concentration = layer.evidence.concentration
     tried = [concentration if b == 0 else torch.full_like(concentration, b) for b in betas]
-    return pick_per_head(layer, layer.mixer.set_beta_, tried)  # type: ignore[arg-type]
+    return pick_per_head(layer, layer.mixer.set_beta_, tried)
 
 
 def pick_per_head(layer: Layer, setter: Callable[[Tensor], None], tried: list[Tensor]) -> bool:
@@ -205,14 +205,14 @@ def best_scale(layer: Layer, heads: Tensor) -> Tensor:
 
 def fit_head_scale(layer: Layer) -> bool:
     heads = layer.heads()
-    layer.mixer.set_head_scale_(best_scale(layer, heads))  # type: ignore[operator]
+    layer.mixer.set_head_scale_(best_scale(layer, heads))
     return True
 
 
 def fit_output_map(layer: Layer) -> bool:
     """o_proj's weight W by ridge regression of the original's output on this mixer's heads, pulled to the copied W."""
     heads, original = layer.heads().flatten(2), layer.weight().clone()
-    parameter = layer.mixer.o_proj.weight  # type: ignore[union-attr]
+    parameter = layer.mixer.o_proj.weight
     judged: list[tuple[float, float]] = []
     for ridge in RIDGES:
         parameter.copy_(ridge_solution(heads[: layer.fit], layer.evidence.output[: layer.fit], original, ridge))

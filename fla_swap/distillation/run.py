@@ -105,7 +105,8 @@ class Run:
         self.eval_blocks = None if eval_blocks is None else as_blocks(eval_blocks)
         self.progress = progress if progress is not None else default_progress()
         self.own_progress = progress is None
-        self.given_teacher, self.teacher = teacher, None  # type: nn.Module | None, Teacher | None
+        self.given_teacher = teacher
+        self.teacher: Teacher | None = None
         self.result = DistillResult(model=model, history=[])
         self.folder: RunFolder | None = None
 
@@ -130,7 +131,7 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         mixers = {id(p) for _, layer in self.layers for p in layer.mixer.parameters()}
-        rest = {n: p for n, p in self.model.named_parameters() if id(p) not in mixers}
+        rest: dict[str, Tensor] = {n: p for n, p in self.model.named_parameters() if id(p) not in mixers}
         facts = {"mixers": {n: layer.mixer.name for n, layer in self.layers}, "original_weights": digest(rest)}
         return {"config": self.config.fingerprint(), "model": facts}
 
@@ -314,7 +315,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     from accelerate import PartialState
 
-    return torch.device(PartialState().device)
+    return torch.device(str(PartialState().device))
 
 
 def stack_blocks(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

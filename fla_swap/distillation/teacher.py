@@ -45,13 +45,13 @@ def copy_original(model: nn.Module) -> nn.Module:
 class Distillation(Objective):
     """Wraps a student: `forward(input_ids)` returns kl_weight · KL(teacher ‖ student) + ce_weight · cross entropy.
 
-    Nats a token. No logits of a whole batch exist at any time. `chunk`: tokens whose logits exist at one time.
+    Nats a token; `teacher` may be None when kl_weight is 0. The logits of `chunk` tokens exist at one time.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        teacher: Teacher,
+        teacher: Teacher | None,
         *,
         kl_weight: float = 1.0,
         ce_weight: float = 0.0,
@@ -66,7 +66,7 @@ class Distillation(Objective):
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden, head = self.cut.hidden(input_ids), self.cut.head
         loss = hidden.new_zeros((), dtype=torch.float32)
-        if self.kl_weight:
+        if self.kl_weight and self.teacher is not None:
             target, target_head = self.teacher(input_ids)
             loss = loss + self.kl_weight * kl_divergence(hidden, head, target, target_head, chunk=self.chunk)
         if self.ce_weight:

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from fla_swap.distillation.config import DistillConfig, StageConfig
-from fla_swap.distillation.progress import ProgressEvent
+from fla_swap.distillation.progress import Progress, ProgressEvent
 from fla_swap.errors import TrainingError
 
 WEIGHTS = "model.safetensors"
@@ -68,7 +68,8 @@ class StageCallback(TrainerCallback):
         self, name: str, schedule: Schedule, config: DistillConfig, step_tokens: int, history: list[dict[str, Any]]
     ):
         self.name, self.schedule, self.config, self.step_tokens = name, schedule, config, step_tokens
-        self.history, self.progress = history, None  # type: list[dict[str, Any]], Progress | None
+        self.history = history
+        self.progress: Progress | None = None
         self.interrupted = False
         self.saved = 0.0
 
@@ -140,7 +141,8 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = parameter_groups(model or self.model, self.mixer_ids, self.stage)
+            trained: Any = self.model if model is None else model
+            groups = parameter_groups(trained, self.mixer_ids, self.stage)
             fused = self.args.device.type in ("cpu", "cuda")
             self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, fused=fused)
         return self.optimizer
@@ -184,23 +186,24 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.check_losses()
         name = f"checkpoint-{self.state.global_step}"
-        final = Path(self.args.output_dir, name)
-        self.run_dir = str(Path(self.args.output_dir, "unfinished"))
+        folder = Path(str(self.args.output_dir))
+        final, unfinished = folder / name, folder / "unfinished"
+        self.run_dir = str(unfinished)
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                replace_folder(Path(self.run_dir, name), final)
-                for old in checkpoints(self.args.output_dir)[:-1]:
+                replace_folder(unfinished / name, final)
+                for old in checkpoints(folder)[:-1]:
                     shutil.rmtree(old)
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise TrainingError(f"{save_problem(error, final)}. {self.resumable()}") from error
         finally:
-            shutil.rmtree(self.run_dir, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             self.run_dir = None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(own_weights(self.model.model), folder / WEIGHTS, metadata={"format": "pt"})  # type: ignore[union-attr]
 
