@@ -14,8 +14,8 @@ from torch import Tensor
 from fla_swap.errors import KernelError
 from fla_swap.kernels.common import check_shape
 
-_CHUNK_ELEMENTS = 1 << 24
-"""Default size of one chunk's logits: 64 MiB in fp32; a handful of such buffers is alive at once."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Default elements of one chunk's logits: fp32 of 64 MiB on a CPU, 256 MiB on a GPU; about four such buffers live."""
 
 
 def linear_kl(
@@ -39,7 +39,7 @@ def linear_kl(
         teacher_hidden: [..., Dt], the same leading shape. teacher_weight: [V, Dt]. teacher_bias: [V]. No gradient.
         labels_mask: bool [...], the tokens that count; None counts all. With none, the loss is 0.
         temperature: both logits are divided by it; the loss is not multiplied by its square.
-        chunk: tokens per chunk; None picks it from V (64 MiB of fp32 logits).
+        chunk: tokens per chunk; None picks it from V (fp32 logits of 64 MiB on a CPU, 256 MiB on a GPU).
         softcap: logits z become softcap · tanh(z / softcap), in student and teacher, before the temperature.
         reduction: "mean" over the tokens that count, or "sum".
     Returns:
@@ -68,7 +68,7 @@ def linear_kl(
         counts,
         float(temperature),
         softcap,
-        _chunk(chunk, vocabulary),
+        _chunk(chunk, vocabulary, hidden.device),
         _wants(hidden),
         _wants(weight),
         _wants(student_bias),
@@ -111,7 +111,7 @@ def linear_cross_entropy(
         labels.masked_fill(labels == ignore_index, 0),
         counts,
         softcap,
-        _chunk(chunk, weight.shape[0]),
+        _chunk(chunk, weight.shape[0], hidden.device),
         _wants(hidden),
         _wants(weight),
         _wants(bias),
@@ -129,9 +129,10 @@ def _check_common(vocabulary: int, temperature: float, reduction: str, biases: t
         raise KernelError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
 
 
-def _chunk(requested: int | None, vocabulary: int) -> int:
+def _chunk(requested: int | None, vocabulary: int, device: torch.device) -> int:
     if requested is None:
-        return max(16, min(4096, _CHUNK_ELEMENTS // vocabulary))
+        elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
+        return max(16, min(4096, elements // vocabulary))
     if requested < 1:
         raise KernelError(f"chunk must be at least 1 token, got {requested}")
     return requested

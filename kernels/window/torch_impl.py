@@ -180,7 +180,7 @@ def _exponentials(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, 
 
 def _blocks(queries: int, band: Band) -> list[tuple[slice, slice]]:
     """Query blocks with the band of keys that any of their queries can see."""
-    block = 64 if band.window is not None and band.window <= 64 else 128
+    block = 64 if band.window is not None and band.window <= 256 else 128
     reach = queries + band.offset if band.window is None else band.window - 1
     pairs = []
     for begin in range(0, queries, block):
