@@ -268,7 +268,7 @@ def _backward_op(
             grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
             dq, dk, dv, dsinks, dalibi = triton_impl.backward(grad, q, k, v, o, lse, sinks, band)
         else:
-            dq, dk, dv, dsinks, dalibi = torch_impl.backward(grad, q, k, v, o, lse, sinks, band)
+            dq, dk, dv, dsinks, dalibi = torch_impl.backward(grad, q, k, v, lse, sinks, band)
     return dq, dk, dv, _or_empty(dsinks, sinks, q), _or_empty(dalibi, alibi, q)
 
 

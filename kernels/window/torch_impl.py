@@ -71,15 +71,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, band: Band) -
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, band: Band
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, sinks: Tensor | None, band: Band
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, sinks [H] and alibi [H] (None where there are none)."""
+    """Gradients of q, k, v, sinks [H] and alibi [H] (None where there are none).
+
+    o · do is summed from the weights: o was rounded to its dtype, and the sinks' gradient is made of nothing else.
+    """
     batch, queries, heads, _ = q.shape
     dtype = compute_dtype(q.dtype)
     q_heads, k_heads, v_heads = _grouped(q, k, dtype), _heads_first(k, dtype), _heads_first(v, dtype)
     grad_heads = _grouped(grad, k, dtype)
-    delta = (_grouped(o, k, dtype) * grad_heads).sum(-1, keepdim=True)
-    lse_heads = lse.view(batch, k.shape[2], -1, queries, 1)
+    delta = torch.empty_like(lse)
+    lse_heads, delta_heads = (x.view(batch, k.shape[2], -1, queries, 1) for x in (lse, delta))
     dq = torch.empty_like(q_heads)
     dk, dv = torch.zeros_like(k_heads), torch.zeros_like(v_heads)
     dalibi = None if band.alibi is None else q_heads.new_zeros(heads)
@@ -88,7 +91,10 @@ def backward(
         scores, squashed = _scores(q_rows, k_heads[:, :, keys], rows, keys, band)
         weights = scores.sub_(lse_heads[:, :, :, rows]).exp_()
         dv[:, :, keys] += _outer(weights, grad_rows)
-        dscores = _matmul(grad_rows, v_heads[:, :, keys].mT).sub_(delta[:, :, :, rows]).mul_(weights)
+        dscores = _matmul(grad_rows, v_heads[:, :, keys].mT).mul_(weights)
+        row_delta = dscores.sum(-1, keepdim=True)
+        delta_heads[:, :, :, rows] = row_delta
+        dscores = dscores.addcmul_(weights, row_delta, value=-1.0)
         if dalibi is not None:
             distance = _distance(rows, keys, band, dscores.device).to(dtype)
             dalibi -= (dscores * distance).sum((0, 3, 4)).flatten()
@@ -96,7 +102,7 @@ def backward(
             dscores.mul_(1.0 - squashed.square())
         dq[:, :, :, rows] = _matmul(dscores, k_heads[:, :, keys]).mul_(band.scale)
         dk[:, :, keys] += _outer(dscores, q_rows).mul_(band.scale)
-    dsinks = None if sinks is None else sink_gradient(sinks, lse, delta.reshape(batch, heads, queries))
+    dsinks = None if sinks is None else sink_gradient(sinks, lse, delta)
     dq = dq.reshape(batch, heads, queries, -1)
     return _tokens_first(dq, q), _tokens_first(dk, k), _tokens_first(dv, v), dsinks, dalibi
 

@@ -166,13 +166,16 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
 def backward_query_kernel(
-    q, k, v, grad, lse, delta, alibi, valid, start, dq, dalibi, Tq, Tk, window, scale, softcap,
+    q, k, v, grad, lse, delta, alibi, valid, start, dq, exact, dalibi, Tq, Tk, window, scale, softcap,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradient of BM queries of one head, and each row's share of its slope's gradient."""
+    """One program: the gradient of BM queries of one head, and each row's share of its slope's gradient.
+
+    `delta` is o · do with o as rounded; `exact` receives the same sum from the weights, for the sinks and the keys.
+    """
     blocks = tl.cdiv(Tq, BM)
     b, h = tl.program_id(0) // blocks // H, tl.program_id(0) // blocks % H
     first_row = tl.program_id(0) % blocks * BM
@@ -187,6 +190,7 @@ def backward_query_kernel(
         slope = tl.load(alibi + h).to(tl.float32)
     dquery = tl.zeros((BM, BK), tl.float32)
     dslope = tl.zeros((BM,), tl.float32)
+    sums = tl.zeros((BM,), tl.float32)
     low, high = _key_range(start, first_row, Tq, Tk, window, HAS_WINDOW, HAS_START, BM, BN)
     for begin in range(low, high, BN):
         keys = begin + tl.arange(0, BN)
@@ -198,6 +202,7 @@ def backward_query_kernel(
         seen = _visible(valid, start, b, rows, keys, Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START)
         weight = tl.exp(tl.where(seen, score, float("-inf")) - row_lse[:, None])
         dweight = _dot(dout, tl.trans(value), PRECISION, WIDE)
+        sums += tl.sum(weight * dweight, 1)
         dscore = weight * (dweight - row_delta[:, None])
         if HAS_ALIBI:
             distance = ((rows + (Tk - Tq))[:, None] - keys[None, :]).to(tl.float32)
@@ -205,6 +210,7 @@ def backward_query_kernel(
         dscore = dscore * derivative
         dquery += _dot(dscore.to(key.dtype), key, PRECISION, WIDE)
     _store_tile(dq, dquery * scale, b, h, rows, Tq, H, K, BK)
+    tl.store(exact + offsets, sums, mask=rows < Tq)
     if HAS_ALIBI:
         tl.store(dalibi + offsets, dslope, mask=rows < Tq)
 
@@ -356,6 +362,7 @@ def backward(
     batch, queries, heads, _ = q.shape
     delta = (grad.float() * o.float()).sum(-1).transpose(1, 2).contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    exact = torch.empty_like(delta)
     dalibi = None if band.alibi is None else torch.empty_like(delta)
     if o.numel() == 0:
         dsinks, dslopes = (None if x is None else x.new_zeros(heads) for x in (sinks, dalibi))
@@ -366,13 +373,14 @@ def backward(
     options = {**static, **_flags(band), **_launch(q.dtype, static)}
     _run(
         backward_query_kernel, _blocks(queries, static["BM"]) * batch * heads,
-        q, k, v, grad, lse, delta, alibi, valid, start, dq, q if dalibi is None else dalibi, *numbers, **options
+        q, k, v, grad, lse, delta, alibi, valid, start,
+        dq, exact, exact if dalibi is None else dalibi, *numbers, **options
     )  # fmt: skip
     _run(
         backward_key_kernel, _blocks(k.shape[1], static["BN"]) * batch * k.shape[2],
-        q, k, v, grad, lse, delta, alibi, valid, start, stop, dk, dv, *numbers, **options
+        q, k, v, grad, lse, exact, alibi, valid, start, stop, dk, dv, *numbers, **options
     )  # fmt: skip
-    dsinks = None if sinks is None else sink_gradient(sinks, lse, delta)
+    dsinks = None if sinks is None else sink_gradient(sinks, lse, exact)
     return dq, dk, dv, dsinks, None if dalibi is None else dalibi.sum((0, 2))
 
 
@@ -475,7 +483,7 @@ def _pointers(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 
 
 _POINTERS = {"start": "*i64", "stop": "*i64", "valid": "*u8", "ring_valid": "*u8", "count": "*i64"}
-_FP32_POINTERS = ("lse", "delta", "dalibi", "sinks", "alibi")
+_FP32_POINTERS = ("lse", "delta", "exact", "dalibi", "sinks", "alibi")
 _INTEGERS = ("Tq", "Tk", "T", "window", "step")
 
 
