@@ -22,8 +22,11 @@ from fla_swap.mixers.recurrent import RecurrentConfig, RecurrentMixer
 class GLAConfig(RecurrentConfig):
     """Options of gated linear attention; see also `RecurrentConfig`.
 
+    The paper's layer is `qk_l2norm=False`, `output_norm=True`, `output_gate="swish"`, `use_rope=False`; the defaults
+    are what a swap learns fastest from.
+
     Args:
-        scale: None means K^-0.5 (1 with `qk_l2norm`).
+        scale: None means K^-0.5.
         decay_rank: inner width of the low-rank map that makes the decay.
         decay_normalizer: g = logsigmoid(·) / decay_normalizer, so that memories start long.
         clamp_min: lower bound of g, or None.
@@ -31,11 +34,10 @@ class GLAConfig(RecurrentConfig):
         balanced: write k · (1 − exp g), which keeps the state's size the same for every decay (HGRN2, 2404.07904).
     """
 
-    output_norm: bool = True
     decay_rank: int = 16
     decay_normalizer: float = 16.0
     clamp_min: float | None = None
-    qk_l2norm: bool = False
+    qk_l2norm: bool = True
     balanced: bool = False
 
 
@@ -54,8 +56,7 @@ class GLA(RecurrentMixer):
                 f"decay_normalizer must be positive and clamp_min at most 0, got {config.decay_normalizer} and "
                 f"{config.clamp_min}"
             )
-        default = 1.0 if config.qk_l2norm else self.head_dim**-0.5
-        self.scale = default if config.scale is None else config.scale
+        self.scale = self.head_dim**-0.5 if config.scale is None else config.scale
         self.gk_down = nn.Linear(config.hidden_size, config.decay_rank, bias=False)
         self.gk_up = nn.Linear(config.decay_rank, self.heads * self.head_dim)
         self.reset_gates()

@@ -43,7 +43,8 @@ class RecurrentConfig(HeadsConfig):
             start); None: no convolution.
         conv_activation: None or "silu" (as in the papers; not the identity, hence off on a swap).
         qk_activation: feature map on q and k: None, "silu", "relu" or "elu".
-        output_norm: RMS norm per head before scale and gate; norm_eps: its epsilon.
+        output_norm: RMS norm per head before scale and gate, as in the papers; off, because it forgets how large the
+            original's outputs were (converted layers learned much more slowly with it). norm_eps: its epsilon.
         output_gate: "sigmoid", "swish" or None; exactly 1 at the start. gate_rank: None for a full map.
         init_half_life: tokens in which a head's memory halves at the start, one number for all heads or one per head;
             None: spread from 64 to 1024.

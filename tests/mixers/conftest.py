@@ -19,8 +19,8 @@ CONFIGS = {
     ),
     "gla": GLAConfig(**HEADS),
     "gla_all": GLAConfig(
-        expand_kv=False, use_rope=False, conv_size=3, conv_activation="silu", qk_activation="elu", output_norm=False,
-        output_gate="swish", gate_rank=4, qk_l2norm=True, balanced=True, clamp_min=-0.8, v_bias=True, **HEADS,
+        expand_kv=False, use_rope=False, conv_size=3, conv_activation="silu", qk_activation="elu", output_norm=True,
+        output_gate="swish", gate_rank=4, qk_l2norm=False, balanced=True, clamp_min=-0.8, v_bias=True, **HEADS,
     ),
     "gated_deltanet": GatedDeltaNetConfig(**HEADS),
     "gated_deltanet_all": GatedDeltaNetConfig(

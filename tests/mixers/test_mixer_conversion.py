@@ -109,10 +109,11 @@ def test_gated_deltanet_starts_as_a_plain_delta_rule_on_the_sites_heads(weights,
 
 @torch.no_grad()
 def test_gla_starts_as_decayed_linear_attention_on_the_sites_heads(weights, hidden):
-    mixer = GLA.from_attention(SITE, weights, GLAConfig(init_half_life=(20.0,), output_norm=False, expand_kv=False))
+    mixer = GLA.from_attention(SITE, weights, GLAConfig(init_half_life=(20.0,), expand_kv=False))
     original = Softmax.from_attention(SITE, weights)
     q, k, v = original.to_heads(*original.project(hidden), None, None)
     k, v = k.repeat_interleave(H // HK, 2), v.repeat_interleave(H // HK, 2)
+    q, k = (y / y.norm(dim=-1, keepdim=True) for y in (q, k))
     steps = torch.arange(11)
     age = (steps[:, None] - steps[None, :]).double()
     scores = torch.einsum("bthk,bshk->bhts", q, k) * K**-0.5 * torch.where(age >= 0, 0.5 ** (age / 20), 0.0)

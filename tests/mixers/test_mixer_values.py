@@ -66,7 +66,9 @@ def test_gated_deltanet_is_the_papers_recurrence():
 
 
 def test_gla_is_the_papers_recurrence():
-    mixer, x = randomised(GLA(GLAConfig(hidden_size=D, num_heads=H, head_dim=K, gate_rank=2)))
+    mixer, x = randomised(
+        GLA(GLAConfig(hidden_size=D, num_heads=H, head_dim=K, gate_rank=2, qk_l2norm=False, output_norm=True))
+    )
     q, k, v = (p(x).view(B, T, H, K) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     alpha = mixer.gk_up(mixer.gk_down(x)).sigmoid().pow(1 / 16).view(B, T, H, K)
     state, rows = torch.zeros(B, H, K, K, dtype=torch.float64), []
