@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def capture(model: nn.Module, inputs: Inputs, *, length: int, limit: int = 2**31
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _no_cache(model):
             exported = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(_advice(model, error)) from error
@@ -45,6 +46,21 @@ def capture(model: nn.Module, inputs: Inputs, *, length: int, limit: int = 2**31
         for module, mode in modes.items():
             module.training = mode
     return _graph(exported, inputs, length, limit)
+
+
+@contextlib.contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """The model's config says `use_cache=False` meanwhile: some forwards take it from there only."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    try:
+        config.use_cache = False  # type: ignore[union-attr]
+        yield
+    finally:
+        config.use_cache = before  # type: ignore[union-attr]
 
 
 def _advice(model: nn.Module, error: Exception) -> str:
@@ -166,8 +182,11 @@ def default_inputs(model: nn.Module, length: int, *, padded: int = 0) -> Inputs:
     return (), kwargs
 
 
-def inputs_of_length(example: Mapping[str, Any] | Sequence[Any] | Tensor, length: int) -> Inputs:
-    """The user's example inputs (tensors [B, T, …] or [B, T]) repeated or cut to two rows and `length` tokens."""
+def inputs_of_length(example: Mapping[str, Any] | Sequence[Any] | Tensor, length: int, *, padded: int = 0) -> Inputs:
+    """The user's example inputs (tensors [B, T, …] or [B, T]) repeated or cut to two rows and `length` tokens.
+
+    An `attention_mask` [B, T] among them becomes ones, with `padded` zeros at the start of the second row.
+    """
     if isinstance(example, Tensor):
         example = (example,)
     times = [v.shape[1] for v in _tensors(example) if v.dim() >= 2]
@@ -181,7 +200,12 @@ def inputs_of_length(example: Mapping[str, Any] | Sequence[Any] | Tensor, length
         return value.repeat(1, -(-length // value.shape[1]), *[1] * (value.dim() - 2))[:, :length]
 
     if isinstance(example, Mapping):
-        return (), {k: resize(v) for k, v in example.items()}
+        kwargs = {k: resize(v) for k, v in example.items()}
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            kwargs["attention_mask"] = torch.ones_like(mask)
+            kwargs["attention_mask"][1, :padded] = 0
+        return (), kwargs
     return tuple(resize(v) for v in example), {}
 
 

@@ -140,6 +140,11 @@ def derive_contract(
             name = _meaning(value, site, valid, positions)
             if name is not None:
                 facts.setdefault(name, path)
+            elif _looks_like_a_mask(value, length):
+                where = path.keyword or f"number {path.position}"
+                return (
+                    f"argument {where} {tuple(value.shape)} is a mask, but not the site's own with the padding hidden"
+                )
     if ("cos" in facts) != ("sin" in facts):
         facts.pop("cos", None)
         facts.pop("sin", None)
@@ -176,6 +181,12 @@ def _are_positions(value: Tensor, positions: Tensor) -> bool:
     if value.shape[-1:] != positions.shape[-1:] or (value.dim() == 2 and value.shape[0] not in (1, len(positions))):
         return False
     return torch.equal(value.expand(positions.shape).long(), positions.to(value.device))
+
+
+def _looks_like_a_mask(value: Tensor, length: int) -> bool:
+    if value.shape[-1:] != (length,) or value.dim() < 2:
+        return False
+    return value.dtype == torch.bool or (value.dim() == 4 and value.shape[-2] == length)
 
 
 def _is_mask(value: Tensor, site: AttentionSite, valid: Tensor) -> bool:

@@ -182,7 +182,7 @@ class _Inspection:
 
     def _inputs(self, length: int, padded: int = 0) -> Inputs:
         if self.example is not None:
-            return inputs_of_length(self.example, length)
+            return inputs_of_length(self.example, length, padded=padded)
         return default_inputs(self.model, length, padded=padded)
 
     def _given(self, inputs: Inputs, length: int) -> tuple[Tensor, Tensor | None]:

@@ -330,3 +330,32 @@ def test_several_attentions_in_one_module_are_refused() -> None:
 
     report = inspect(Twice(), torch.randn(1, 7, 16), strict=False)
     assert not report.sites and "2 attentions in one forward pass" in report.near_misses[0].reason
+
+
+def test_a_mask_argument_of_another_meaning_is_refused() -> None:
+    """The owner hides where its argument is true: a swapped module would read it the other way round."""
+
+    class Inverted(Attention):
+        def forward(self, x: Tensor, hidden: Tensor) -> Tensor:  # type: ignore[override]
+            q, k, v = (p(x).unflatten(-1, (2, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden)
+            return self.o(mixed.transpose(1, 2).flatten(2))
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Inverted()
+
+        def forward(self, x: Tensor) -> Tensor:
+            steps = torch.arange(x.shape[1])
+            later = (steps[None, :] > steps[:, None]).expand(x.shape[0], 1, -1, -1)
+            return x + self.attention(x, later)
+
+    report = inspect(Outer(), torch.randn(1, 7, 16), strict=False)
+    assert [(m.slot, "is a mask, but not" in m.reason) for m in report.near_misses] == [("call", True)]
+
+
+def test_example_inputs_with_a_padding_mask_are_padded_for_the_proof() -> None:
+    ids = torch.arange(8)[None] + 3
+    report = inspect(tiny("llama"), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
+    assert all(s.proved and s.call.mask is not None for s in report.sites) and len(report.sites) == 2
