@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fla_swap import mixers, planning
 from fla_swap.mixers.base import MixerConfig, TokenMixer, copy_linear, read_projection, repeat_heads
 from fla_swap.types import (
     ArgPath,
@@ -46,10 +49,10 @@ SMALL = {
 }
 
 
-def tiny(family: str, *, layers: int = 2, attn: str = "sdpa", seed: int = 0):
+def tiny(family: str, *, layers: int = 2, attn: str = "sdpa", seed: int = 0, tied: bool = False):
     """A randomly initialised model in fp32, its biases and norms random too (zeros and ones would hide errors)."""
     torch.manual_seed(seed)
-    common = {**SMALL, "num_hidden_layers": layers, "attn_implementation": attn}
+    common = {**SMALL, "num_hidden_layers": layers, "attn_implementation": attn, "tie_word_embeddings": tied}
     if family == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common))
     elif family == "qwen3":
@@ -240,3 +243,25 @@ class Toy(TokenMixer):
             state["s"].copy_(s)
             return y, state
         return y, {"s": s} if keep_state else None
+
+
+@contextmanager
+def toy_registered() -> Iterator[None]:
+    """While open, `mixer="toy"` works as if it were one of fla_swap's own mixers."""
+    places = [mixers, planning]
+    before = [place.MIXERS for place in places]
+    for place in places:
+        place.MIXERS = (*place.MIXERS, Toy)
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.MIXERS = value
+
+
+def prompts(batch: int = 2, length: int = 11, padding: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their mask; the first row is left-padded."""
+    ids = torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return ids, mask

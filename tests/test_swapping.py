@@ -1,0 +1,279 @@
+"""The swap in place: what it computes, what it leaves alone, how it is undone, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from sites import llama_like_site, prompts, report_of, tiny, toy_registered
+from torch import nn
+
+from fla_swap import inspect
+from fla_swap.errors import SwapError
+from fla_swap.hybrid import SwappedAttention, fetch, read_mask
+from fla_swap.planning import Rule, plan
+from fla_swap.swapping import drop_originals, original_attention, restore_, swap_, swapped_layers
+from fla_swap.types import ArgPath, Projection, WeightRef
+
+FAMILIES = ("llama", "qwen3", "phi3", "gpt2", "mistral")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy():
+    with toy_registered():
+        yield
+
+
+def toy_plan(model, **arguments):
+    return plan(report_of(model), mixer="toy", **{"keep": 0, "local": True, **arguments})
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_softmax_in_every_layer_changes_nothing(family, attn):
+    """The identity: every layer rebuilt from its site; logits within 1e-5 in fp32, the same greedy text."""
+    model = tiny(family, attn=attn)
+    ids, mask = prompts()
+    greedy = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask}
+    before, padded = logits(model, ids), logits(model, ids, attention_mask=mask)
+    text = model.generate(ids, **greedy)
+    report = inspect(model) if attn == "sdpa" else report_of(model)  # found, or stated by hand (faster)
+    swap_(model, plan(report, mixer="softmax", keep=0, local=True))
+    assert len(swapped_layers(model)) == 2
+    assert (logits(model, ids) - before).abs().max() <= 1e-5
+    assert (logits(model, ids, attention_mask=mask) - padded)[mask.bool()].abs().max() <= 1e-5
+    assert torch.equal(model.generate(ids, **greedy), text)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **greedy), text)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_restore_brings_back_the_same_objects(family):
+    model = tiny(family)
+    ids, _ = prompts()
+    modules, classes, before = dict(model.named_modules()), (type(model), type(model.config)), logits(model, ids)
+    config = model.config.to_dict()
+    swap_(model, toy_plan(model))
+    assert (logits(model, ids) - before).abs().max() > 1e-2
+    restore_(model)
+    assert (type(model), type(model.config)) == classes
+    assert model.config.to_dict() == config
+    assert list(dict(model.named_modules())) == list(modules)
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_originals_are_neither_parameters_nor_saved_but_follow_moves():
+    model = tiny("llama")
+    attention = model.model.layers[0].self_attn
+    swap_(model, toy_plan(model))
+    layer = model.model.layers[0].self_attn
+    assert isinstance(layer, SwappedAttention) and layer.original is attention
+    assert not {id(p) for p in attention.parameters()} & {id(p) for p in model.parameters()}
+    names = {n.split("self_attn.")[1] for n in model.state_dict() if "layers.0.self_attn" in n}
+    assert names == {f"mixer.{n}_proj.weight" for n in "qkvo"}
+    model.to(torch.bfloat16)
+    assert attention.q_proj.weight.dtype == torch.bfloat16 == layer.mixer.q_proj.weight.dtype
+    model.train()
+    assert attention.training and layer.mixer.training
+    model.eval()
+    assert not attention.training and not layer.mixer.training
+
+
+def test_mode_dtype_and_facts_of_the_original_are_kept():
+    model = tiny("llama").to(torch.bfloat16).train()
+    swap_(model, toy_plan(model))
+    layer = model.model.layers[1].self_attn
+    assert layer.training and layer.mixer.training
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert (layer.layer_idx, layer.is_causal, layer.head_dim) == (1, True, 8)
+
+
+def test_the_teacher_runs_in_the_same_weights():
+    model = tiny("llama")
+    ids, _ = prompts()
+    before = logits(model, ids)
+    swap_(model, toy_plan(model))
+    after = logits(model, ids)
+    with original_attention(model) as teacher:
+        assert torch.equal(logits(teacher, ids), before)
+    assert torch.equal(logits(model, ids), after)
+    with pytest.raises(ZeroDivisionError), original_attention(model):
+        raise ZeroDivisionError
+    assert torch.equal(logits(model, ids), after)
+
+
+def test_without_originals_there_is_no_way_back():
+    for drop in (False, True):
+        model = tiny("llama")
+        swap_(model, toy_plan(model), keep_originals=drop)
+        drop_originals(model)
+        assert all(layer.original is None for _, layer in swapped_layers(model))
+        with pytest.raises(SwapError, match="is gone"):
+            restore_(model)
+        with pytest.raises(SwapError, match="original attention is not there"), original_attention(model):
+            pass
+
+
+def test_a_copy_is_independent():
+    model = tiny("llama")
+    ids, _ = prompts()
+    swap_(model, toy_plan(model))
+    other = copy.deepcopy(model)
+    before = logits(model, ids)
+    assert torch.equal(logits(other, ids), before)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.mixer.q_proj.weight.zero_()
+        restore_(other)
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_training_with_the_default_cache_and_with_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny("llama").train()
+        swap_(model, toy_plan(model, keep=[1]))
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        ids, mask = prompts()
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    plain, checked = gradients
+    assert plain["model.layers.0.self_attn.mixer.k_proj.weight"].abs().sum() > 0
+    for name, grad in plain.items():
+        torch.testing.assert_close(checked[name], grad, atol=1e-6, rtol=1e-5)
+
+
+def test_padding_does_not_reach_a_linear_layer():
+    model = tiny("llama", layers=3)
+    swap_(model, toy_plan(model, keep=[1]))
+    ids, mask = prompts(padding=4)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = logits(model, ids, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(padded[0, 4:], logits(model, ids[:1, 4:])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_packed_documents_do_not_see_each_other(attn):
+    """Position ids that start again make a block mask; its sub-diagonal tells the documents apart."""
+    model = tiny("llama", attn=attn)
+    swap_(model, toy_plan(model, keep=[1]))
+    ids, _ = prompts(batch=1)
+    positions = torch.cat((torch.arange(5), torch.arange(6)))[None]
+    packed = logits(model, ids, position_ids=positions, use_cache=False)
+    apart = torch.cat((logits(model, ids[:, :5]), logits(model, ids[:, 5:])), 1)
+    torch.testing.assert_close(packed, apart, atol=1e-5, rtol=0)
+
+
+def test_cu_seqlens_tell_documents_apart_and_leave_no_state():
+    model = tiny("llama")
+    swap_(model, toy_plan(model))
+    ids, _ = prompts(batch=1)
+    positions = torch.cat((torch.arange(5), torch.arange(6)))[None]
+    borders = torch.tensor([0, 5, 11], dtype=torch.int32)
+    with torch.no_grad():
+        out = model(ids, position_ids=positions, cu_seq_lens_q=borders)
+    apart = torch.cat((logits(model, ids[:, :5]), logits(model, ids[:, 5:])), 1)
+    torch.testing.assert_close(out.logits, apart, atol=1e-5, rtol=0)
+    with pytest.raises(SwapError, match="packed batch"):
+        model(ids[:, :1], past_key_values=out.past_key_values)
+
+
+def test_flash_attention_masks_are_two_dimensional():
+    hidden = torch.zeros(2, 3, 4)
+    valid, starts = read_mask(torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]), hidden, 2)
+    assert valid.tolist() == [[False, True, True], [True, True, True]] and starts is None
+
+
+def test_masks_are_read_off_their_diagonals():
+    hidden = torch.zeros(1, 4, 4)
+    # padding, then a document of one token, then one of two
+    rows = [[0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    seen = torch.tensor(rows, dtype=torch.bool)[None, None]
+    additive = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    for mask in (seen, additive, torch.where(seen, 0.0, -torch.inf)):
+        valid, starts = read_mask(mask, hidden, 0)
+        assert valid.tolist() == [[False, True, True, True]]
+        assert starts.tolist() == [[False, True, True, False]]
+
+
+def test_a_mask_longer_than_the_tokens_is_read_where_the_tokens_stand():
+    """Dynamic caches: the last columns. Static caches: at the number of tokens already seen, a tensor there."""
+    hidden = torch.zeros(1, 2, 4)
+    dynamic = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)[None, None]
+    static = nn.functional.pad(dynamic, (0, 3))
+    for mask, seen in ((dynamic, 2), (static, 2), (static, torch.tensor(2))):
+        valid, starts = read_mask(mask, hidden, seen)
+        assert valid.tolist() == [[True, True]] and starts.tolist() == [[False, True]]
+    with pytest.raises(SwapError, match="2 or 4 dimensions"):
+        read_mask(dynamic[0], hidden, 2)
+
+
+def test_arguments_are_found_by_keyword_position_and_item():
+    args, kwargs = (1, (2, 3)), {"x": (4, 5)}
+    assert fetch(ArgPath(position=0), args, kwargs) == 1
+    assert fetch(ArgPath(position=1, item=1), args, kwargs) == 3
+    assert fetch(ArgPath(keyword="x", item=0), args, kwargs) == 4
+    assert fetch(ArgPath(keyword="y"), args, kwargs) is None
+    assert fetch(ArgPath(position=2), args, kwargs) is None
+    assert fetch(None, args, kwargs) is None
+
+
+class Bare(nn.Module):
+    """A model that is not transformers': attention called by position, returning a tensor or another tuple."""
+
+    def __init__(self, outputs, index):
+        super().__init__()
+        donor = tiny("llama", layers=1)
+        self.attention, self.outputs, self.index = donor.model.layers[0].self_attn, outputs, index
+
+    def forward(self, x):
+        result = self.attention(x)
+        return result if self.outputs is None else result[self.index]
+
+
+@pytest.mark.parametrize(("outputs", "index"), [(None, 0), (3, 1)])
+def test_the_contract_decides_what_is_returned(outputs, index):
+    site = llama_like_site(tiny("llama"), 0)
+    projections = {n: Projection(weight=WeightRef(name=f"attention.{n}_proj.weight")) for n in "qkvo"}
+    call = dataclasses.replace(site.call, hidden=ArgPath(position=0), outputs=outputs, output_index=index)
+    site = dataclasses.replace(site, fqn="attention", call=call, **projections)
+    report = dataclasses.replace(report_of(tiny("llama")), sites=(site,))
+    model = Bare(outputs, index)
+    swap_(model, plan(report, mixer="toy", keep=0))
+    x = torch.randn(1, 5, 32)
+    assert torch.equal(model(x), model.attention.mixer(x)[0])
+    raw = model.attention(x)
+    assert isinstance(raw, torch.Tensor) if outputs is None else [r is None for r in raw] == [True, False, True]
+
+
+def test_a_plan_for_another_model_changes_nothing():
+    model, deeper = tiny("llama"), tiny("llama", layers=3)
+    modules = dict(model.named_modules())
+    with pytest.raises(SwapError, match=r"no module 'model\.layers\.2\.self_attn'"):
+        swap_(model, toy_plan(deeper))
+    with pytest.raises(SwapError, match=r"no module 'transformer"):
+        swap_(model, toy_plan(tiny("gpt2")))
+    with pytest.raises(SwapError, match=r"has no weight .*qkv_proj"):
+        swap_(model, toy_plan(tiny("phi3")))
+    wide = dataclasses.replace(report_of(model).sites[1], hidden_size=64)
+    report = dataclasses.replace(report_of(model), sites=(report_of(model).sites[0], wide))
+    with pytest.raises(SwapError, match=r"q of model\.layers\.1\.self_attn .* is \[32, 32\] here"):
+        swap_(model, plan(report, mixer="toy", keep=0))
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_swapping_twice_and_restoring_nothing_are_errors():
+    model = tiny("llama")
+    with pytest.raises(SwapError, match="not swapped"):
+        restore_(model)
+    swap_(model, plan(report_of(model), rules=[Rule("model.layers.0.*", "toy")]))
+    with pytest.raises(SwapError, match="swapped already"):
+        swap_(model, toy_plan(model))
