@@ -1,9 +1,14 @@
-"""Reading and replacing one argument of a call, by its `ArgPath`."""
+"""Calling a user's module: reading and replacing one argument by its `ArgPath`, and leaving the module as it was."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
+
+import torch
+from torch import nn
 
 from fla_swap.types import ArgPath
 
@@ -41,3 +46,22 @@ def set_argument(path: ArgPath, value: Any, args: Args, kwargs: Kwargs) -> tuple
         return args, {**kwargs, path.keyword: value}
     position = path.position or 0
     return (*args[:position], value, *args[position + 1 :]), dict(kwargs)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
+    """Eval mode without gradients, and `config.use_cache` set where there is one; all of it is put back afterwards."""
+    modes = {m: m.training for m in model.modules()}
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    model.eval()
+    try:
+        if before is not None:
+            config.use_cache = use_cache  # type: ignore[union-attr]
+        with torch.no_grad():
+            yield
+    finally:
+        if before is not None:
+            config.use_cache = before  # type: ignore[union-attr]
+        for module, mode in modes.items():
+            module.training = mode

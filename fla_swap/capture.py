@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from fla_swap.arguments import undisturbed
 from fla_swap.errors import CaptureError
 from fla_swap.patterns.graph import CapturedGraph
 
@@ -35,32 +35,12 @@ def capture(model: nn.Module, inputs: Inputs, *, length: int, limit: int = 2**31
             "load the model's weights first"
         )
     args, kwargs = inputs
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad(), _no_cache(model):
+        with undisturbed(model, use_cache=False):
             exported = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(_advice(model, error)) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return _graph(exported, inputs, length, limit)
-
-
-@contextlib.contextmanager
-def _no_cache(model: nn.Module) -> Iterator[None]:
-    """The model's config says `use_cache=False` meanwhile: some forwards take it from there only."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before is None:
-        yield
-        return
-    try:
-        config.use_cache = False  # type: ignore[union-attr]
-        yield
-    finally:
-        config.use_cache = before  # type: ignore[union-attr]
 
 
 def _advice(model: nn.Module, error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fla_swap.arguments import Args, Kwargs, leaves
+from fla_swap.arguments import Args, Kwargs, leaves, undisturbed
 from fla_swap.patterns.mask import expected
 from fla_swap.types import ArgPath, AttentionSite, CallContract, Rope
 
@@ -39,22 +39,18 @@ class _Stack:
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, owners: Iterable[str], before: Any, after: Any) -> Iterator[None]:
+def _watched(model: nn.Module, owners: Iterable[str], before: Any, after: Any, *, use_cache: bool) -> Iterator[None]:
     handles = []
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
     try:
         for name in owners:
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(after(name), with_kwargs=True))
-        with torch.no_grad():
+        with undisturbed(model, use_cache=use_cache):
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def record_calls(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kwargs]) -> dict[str, CallRecord]:
@@ -74,7 +70,7 @@ def record_calls(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kw
 
         return hook
 
-    with _watched(model, list(owners), before, after):
+    with _watched(model, list(owners), before, after, use_cache=False):
         model(*inputs[0], **inputs[1])
     return records
 
@@ -111,7 +107,7 @@ def record_cache(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kw
         return hook
 
     kwargs = {**inputs[1], "past_key_values": sentinel, "use_cache": True}
-    with _watched(model, list(owners), before, after):
+    with _watched(model, list(owners), before, after, use_cache=True):
         model(*inputs[0], **kwargs)
     return found
 
