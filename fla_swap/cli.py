@@ -1,0 +1,329 @@
+"""`fla-swap …`: every stage of the library as a command. Tables for people, `--json` for programs.
+
+Each command takes a folder or a hub id. An error that fla_swap raises on purpose is one line and exit status 1.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fla_swap.errors import FlaSwapError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Find a Transformer's attention, prove it, swap it, distil it, compile it, run it.",
+)
+out, err = Console(), Console(stderr=True)
+TEACHER = Path(__file__).resolve().parent.parent / "examples" / "teacher"
+PROMPT = 'def read_config(path, encoding=\'utf-8\'):\n    """Read'
+
+Model = Annotated[str, typer.Argument(help="Folder or hub id of a causal language model.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU, else the model's own), float32, bfloat16, float16.")]
+Mixer = Annotated[str, typer.Option(help="What replaces the attention; see `fs.mixers.MIXERS`.")]
+Options = Annotated[str, typer.Option(help="Options of the mixer as JSON, such as '{\"window\": 256}'.")]
+Keep = Annotated[str, typer.Option(help='Layers that stay: a fraction ("1/4"), numbers ("0,7"), or 0.')]
+Local = Annotated[bool, typer.Option("--local", help="Also swap layers that are windowed already.")]
+Data = Annotated[str, typer.Option(help='"stdlib", a text file or folder, or a dataset id (name[:config[:field]]).')]
+Prompt = Annotated[str, typer.Option(help="Text to continue.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+
+
+@app.command("inspect")
+def inspect_command(model: Model, as_json: Json = False) -> None:
+    """Find every attention layer and prove each one; say what was not understood, and why."""
+    from fla_swap.checkpoint import load
+    from fla_swap.errors import NoAttentionFound
+    from fla_swap.inspection import inspect
+    from fla_swap.reporting import report_table
+
+    try:
+        report = inspect(load(model))
+    except NoAttentionFound as error:
+        if error.report is not None:
+            show(report_table(error.report), error.report.to_dict(), as_json)
+        raise
+    show(report_table(report), report.to_dict(), as_json)
+
+
+@app.command("plan")
+def plan_command(
+    model: Model,
+    mixer: Mixer = "gated_deltanet",
+    options: Options = "{}",
+    keep: Keep = "1/4",
+    local: Local = False,
+    save_to: Annotated[Path | None, typer.Option("--out", help="Write the plan to this JSON file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose which layers are swapped, and for what."""
+    from fla_swap.checkpoint import load
+    from fla_swap.inspection import inspect
+    from fla_swap.planning import plan, plan_table, save_plan
+    from fla_swap.types import to_jsonable
+
+    chosen = plan(inspect(load(model)), mixer=mixer, options=read_options(options), keep=read_keep(keep), local=local)
+    if save_to is not None:
+        save_plan(chosen, save_to)
+    show(plan_table(chosen), to_jsonable(chosen), as_json)
+
+
+@app.command("convert")
+def convert_command(
+    model: Model,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the converted model and the report.")],
+    data: Data,
+    mixer: Mixer = "gated_deltanet",
+    options: Options = "{}",
+    keep: Keep = "1/4",
+    local: Local = False,
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 10.0,
+    start: Annotated[str, typer.Option(help="calibrated or naive.")] = "calibrated",
+    select: Annotated[str, typer.Option(help="How a fraction is kept: greedy, leave_one_out or uniform.")] = "greedy",
+    block_size: Annotated[int | None, typer.Option(help="Tokens a training sequence.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Read no more training text than this.")] = 50_000_000,
+    eval_tokens: Annotated[int, typer.Option(help="Held-out tokens to measure.")] = 65_536,
+    prompt: Prompt = "",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Swap, distil, save and check: a pretrained model becomes a hybrid."""
+    from fla_swap.conversion import ConvertConfig
+
+    config = ConvertConfig(
+        mixer=mixer,
+        options=read_options(options),
+        keep=read_keep(keep),
+        local=local,
+        data=data,
+        minutes=minutes,
+        start=start,
+        select=select,
+        block_size=block_size,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        eval_tokens=eval_tokens,
+        prompt=prompt,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    run_conversion(model, out_dir, config, resume=resume, overwrite=overwrite, as_json=as_json)
+
+
+@app.command("demo")
+def demo_command(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the converted model and the report.")] = Path(
+        "out/demo"
+    ),
+    model: Annotated[str, typer.Option(help="The model to convert.")] = str(TEACHER),
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 3.0,
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """The main job on the shipped teacher: Gated DeltaNet in three quarters of the layers, distilled and compiled."""
+    from fla_swap.conversion import ConvertConfig
+
+    config = ConvertConfig(
+        mixer="gated_deltanet", keep="1/4", data="stdlib", minutes=minutes, device=device, prompt=PROMPT, seed=seed
+    )
+    run_conversion(model, out_dir, config, resume=False, overwrite=True, as_json=False)
+
+
+@app.command("distill")
+def distill_command(
+    model: Annotated[str, typer.Argument(help="A converted model.", show_default=False)],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the further trained model.")],
+    teacher: Annotated[str, typer.Option(help="The original model: folder or hub id.")],
+    data: Data,
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 10.0,
+    block_size: Annotated[int, typer.Option(help="Tokens a training sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Of the mixers.")] = 1e-3,
+    rest_learning_rate: Annotated[float, typer.Option(help="Of everything else.")] = 1e-4,
+    max_tokens: Annotated[int, typer.Option(help="Read no more training text than this.")] = 50_000_000,
+    device: Device = "auto",
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds.")] = False,
+) -> None:
+    """Train a converted model further, by KL against its original (long context: a larger --block-size)."""
+    from fla_swap.checkpoint import load, save
+    from fla_swap.conversion import TRAINING, check_output, load_tokenizer
+    from fla_swap.distillation import DistillConfig, StageConfig, distill
+    from fla_swap.distillation.data import load_blocks
+
+    check_output(out_dir, resume=resume, overwrite=overwrite)
+    tokenizer = load_tokenizer(model)
+    blocks = load_blocks(data, tokenizer, block_size, split="train", limit_tokens=max_tokens)
+    stage = StageConfig(
+        kind="distil",
+        minutes=minutes,
+        batch_size=batch_size,
+        train="all",
+        learning_rate=learning_rate,
+        rest_learning_rate=rest_learning_rate,
+    )
+    config = DistillConfig(
+        calibrate=None,
+        stages=(stage,),
+        output_dir=out_dir / TRAINING,
+        resume=resume,
+        seed=seed,
+        device=device,
+    )
+    student = load(model)
+    result = distill(student, blocks, config, teacher=load(teacher), progress=progress_bar())
+    save(student, out_dir, tokenizer=tokenizer, overwrite=overwrite)
+    remove(out_dir / TRAINING)
+    err.print(f"{result.tokens:,} tokens; saved to {out_dir}")
+
+
+@app.command("generate")
+def generate_command(
+    model: Model,
+    prompt: Prompt = PROMPT,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Run it through fs.compile.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Continue a prompt, token by token as they come."""
+    import torch
+    from transformers import TextStreamer
+
+    from fla_swap.checkpoint import load
+    from fla_swap.compilation import compile as compile_model
+    from fla_swap.conversion import load_tokenizer, pick_dtype
+    from fla_swap.distillation.run import pick_device
+
+    where = pick_device(device)
+    loaded: Any = load(model, dtype=pick_dtype(dtype, where), device=where).eval()
+    tokenizer = load_tokenizer(model)
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(where)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    runner: Any = compile_model(loaded) if compiled else loaded
+    runner.generate(**inputs, max_new_tokens=new_tokens, streamer=TextStreamer(tokenizer), **sampling)
+
+
+@app.command("eval")
+def eval_command(
+    models: Annotated[list[str], typer.Argument(help="Models to compare; the first is the reference.")],
+    data: Data = "stdlib",
+    block_size: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    eval_tokens: Annotated[int, typer.Option(help="Held-out tokens to measure.")] = 65_536,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Held-out loss (nats a token) and perplexity of one or several models on the same text."""
+    from fla_swap.conversion import held_out_of
+    from fla_swap.distillation import perplexity
+
+    losses = {name: held_out_of(name, data, block_size, eval_tokens, device, dtype) for name in models}
+    table = Table("model", "loss", "perplexity", "Δ loss")
+    for name, loss in losses.items():
+        table.add_row(name, f"{loss:.4f}", f"{perplexity(loss):.3f}", f"{loss - losses[models[0]]:+.4f}")
+    show(table, losses, as_json)
+
+
+def run_conversion(model: str, folder: Path, config: Any, *, resume: bool, overwrite: bool, as_json: bool) -> None:
+    from fla_swap.conversion import Listener, convert
+    from fla_swap.planning import plan_table
+    from fla_swap.reporting import report_table
+
+    bar = progress_bar()
+    listener = Listener(
+        say=err.print,
+        found=lambda report: err.print(report_table(report)),
+        planned=lambda chosen: err.print(plan_table(chosen)),
+        progress=bar,
+    )
+    try:
+        facts = convert(model, folder, config, resume=resume, overwrite=overwrite, listener=listener)
+    finally:
+        bar.close()
+    if as_json:
+        sys.stdout.write(json.dumps(facts) + "\n")
+        return
+    table = Table("held-out text", "loss, nats a token", "perplexity", "Δ to teacher")
+    for name, loss in facts["losses"].items():
+        delta = loss - facts["losses"]["teacher"]
+        table.add_row(name, f"{loss:.4f}", f"{facts['perplexities'][name]:.3f}", f"{delta:+.4f}")
+    out.print(table)
+    for name, text in facts["texts"].items():
+        if text:
+            out.print(f"[bold]{name}[/bold]")
+            out.print(text, markup=False, highlight=False)
+    out.print(f"{facts['tokens']:,} training tokens; the reloaded model's logits are bitwise equal; see {folder}")
+
+
+def progress_bar() -> Any:
+    from fla_swap.distillation import BarProgress, LogProgress
+
+    return BarProgress(err) if err.is_terminal else LogProgress()
+
+
+def read_options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--options is not JSON ({error}): {text}") from error
+    if not isinstance(options, dict):
+        raise typer.BadParameter(f"--options must be a JSON object, got {text}")
+    return options
+
+
+def read_keep(text: str) -> Any:
+    """ "1/4" and "0" as they are; "0,7" as layer numbers."""
+    if "," not in text:
+        return 0 if text == "0" else text
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise typer.BadParameter(f"--keep takes a fraction, layer numbers such as 0,7, or 0; got {text!r}") from error
+
+
+def remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def show(table: Any, data: Any, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(data) + "\n")
+    else:
+        out.print(table)
+
+
+def main() -> None:
+    """The console script: runs the app, and turns our own errors into one line and exit status 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("fla_swap").setLevel(logging.INFO)
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    try:
+        app()
+    except FlaSwapError as error:
+        err.print(f"[bold red]error:[/bold red] {type(error).__name__}: ", end="")
+        err.print(str(error), markup=False, highlight=False)
+        sys.exit(1)

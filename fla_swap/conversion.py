@@ -1,0 +1,346 @@
+"""The main job as one verb: a pretrained model in, a distilled hybrid and a report out.
+
+load → inspect → plan → swap → calibrate → align → distil → save → reload → generate. `fla-swap convert` and
+`fla-swap demo` are this function with a console around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fla_swap.checkpoint import load, save
+from fla_swap.compilation import compile as compile_model
+from fla_swap.distillation import CalibrationConfig, DistillConfig, DistillResult, StageConfig, distill, held_out_loss
+from fla_swap.distillation.data import load_blocks
+from fla_swap.distillation.run import pick_device
+from fla_swap.distillation.selection import Selection, select_layers
+from fla_swap.errors import CheckpointError, DataError
+from fla_swap.inspection import inspect
+from fla_swap.planning import Keep, plan
+from fla_swap.swapping import swap_
+from fla_swap.types import AttentionReport, SwapPlan
+
+REPORT, PLOT, TRAINING = "report.json", "report.png", "training"
+STARTS = ("calibrated", "naive")
+SELECTORS = ("greedy", "leave_one_out", "uniform")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """One conversion.
+
+    mixer, options, keep, local: as in `fs.plan`.
+    data: text to train and to evaluate on, as in `fla_swap.distillation.data` (held-out documents are split off).
+    minutes: time for training (alignment and distillation together); compilation, evaluation and loading come on top.
+    start: "calibrated" or "naive" (weights as copied).
+    select: which layers a fraction `keep` keeps: "greedy" or "leave_one_out" (measured, see
+        `fla_swap.distillation.selection`), or "uniform" (evenly spaced).
+    block_size, batch_size: tokens a sequence and sequences a step; None chooses by device.
+    max_tokens: read no more training text than this. eval_tokens: held-out tokens measured, evenly spread.
+    dtype: "auto" is float32 on a CPU and the model's own on a GPU; it is also what is saved.
+    prompt: continued greedily, by `new_tokens` tokens, by teacher and student ("" skips it).
+    compile: generate with `fs.compile`.
+    """
+
+    mixer: str = "gated_deltanet"
+    options: Mapping[str, Any] | None = None
+    keep: Keep = "1/4"
+    local: bool = False
+    data: str = "stdlib"
+    minutes: float = 10.0
+    start: str = "calibrated"
+    select: str = "greedy"
+    block_size: int | None = None
+    batch_size: int | None = None
+    max_tokens: int = 50_000_000
+    eval_tokens: int = 65_536
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    prompt: str = ""
+    new_tokens: int = 48
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        if self.start not in STARTS:
+            raise ValueError(f"start is {self.start!r}; it must be one of {list(STARTS)}")
+        if self.select not in SELECTORS:
+            raise ValueError(f"select is {self.select!r}; it must be one of {list(SELECTORS)}")
+        if self.minutes <= 0:
+            raise ValueError(f"minutes is {self.minutes}; it must be positive")
+
+
+@dataclass(kw_only=True)
+class Listener:
+    """What a console may want to hear about: a line per step of the job, the report, the plan, training progress."""
+
+    say: Callable[[str], None] = lambda line: None
+    found: Callable[[AttentionReport], None] = lambda report: None
+    planned: Callable[[SwapPlan], None] = lambda chosen: None
+    progress: Any = None
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    config: ConvertConfig | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Convert a pretrained causal language model to a hybrid and distil it.
+
+    Args:
+        model: folder or hub id, for `AutoModelForCausalLM` and `AutoTokenizer`.
+        out: receives the model, its tokenizer, `report.json` and `report.png`; while it trains, `training/`.
+        resume: continue an interrupted conversion into `out`, with the same settings.
+        overwrite: replace what `out` holds.
+    Returns:
+        The report, as written to `report.json`.
+    Raises:
+        FlaSwapError: see the stages; nothing in `out` is overwritten by a job that fails.
+    """
+    return Conversion(str(model), Path(out), config or ConvertConfig(), listener or Listener()).run(resume, overwrite)
+
+
+class Conversion:
+    """One call of `convert`; the steps in the order of the job."""
+
+    def __init__(self, name: str, out: Path, config: ConvertConfig, listener: Listener):
+        self.name, self.out, self.config, self.listener = name, out, config, listener
+        self.device = pick_device(config.device)
+        self.seconds: dict[str, float] = {}
+        self.selection: Selection | None = None
+        self.clock = time.monotonic()
+
+    def run(self, resume: bool, overwrite: bool) -> dict[str, Any]:
+        check_output(self.out, resume=resume, overwrite=overwrite)
+        torch.manual_seed(self.config.seed)
+        model, tokenizer = self.load()
+        train, held_out = self.text(tokenizer)
+        report = inspect(model)
+        self.listener.found(report)
+        self.lap("inspect")
+        chosen = self.plan(model, report, train)
+        self.listener.planned(chosen)
+        texts = {"prompt": self.config.prompt, "teacher": self.generate(model, tokenizer)}
+        swap_(model, chosen)
+        result = self.distil(model, train, held_out, resume)
+        losses = dict(result.losses)
+        self.clear_training(model, tokenizer, overwrite)
+        reloaded = load(self.out, device=self.device)
+        self.lap("save")
+        check = self.check_reload(model, reloaded, held_out)
+        losses["student"] = held_out_loss(reloaded, held_out)
+        self.lap("evaluate")
+        texts["student"] = self.generate(reloaded, tokenizer)
+        if self.config.compile and self.config.prompt:
+            self.listener.say("compiling the forward and the decode step …")
+            fast = compile_model(load(self.out, device=self.device))
+            texts["student, compiled"] = self.generate(fast, tokenizer)
+            self.lap("compile and generate")
+        facts = self.facts(report, chosen, result, losses, check, texts)
+        write_report(self.out, facts)
+        return facts
+
+    # ---- the steps
+
+    def load(self) -> tuple[nn.Module, Any]:
+        model = load(self.name, dtype=pick_dtype(self.config.dtype, self.device), device=self.device).eval()
+        tokenizer = load_tokenizer(self.name)
+        size = sum(p.numel() for p in model.parameters())
+        self.listener.say(f"{self.name}: {size:,} parameters, {model.dtype}, on {self.device}")
+        self.lap("load")
+        return model, tokenizer
+
+    def text(self, tokenizer: Any) -> tuple[Tensor, Tensor]:
+        """Training and held-out token blocks."""
+        size = self.config.block_size or (256 if self.device.type == "cpu" else 512)
+        limit = self.config.max_tokens
+        train = load_blocks(self.config.data, tokenizer, size, split="train", limit_tokens=limit).blocks
+        train = train[torch.randperm(train.shape[0], generator=torch.Generator().manual_seed(self.config.seed))]
+        held_out = held_out_blocks(self.config.data, tokenizer, 512, self.config.eval_tokens)
+        self.listener.say(f"{self.config.data}: {train.numel():,} training tokens, {held_out.numel():,} held out")
+        self.lap("text")
+        return train, held_out
+
+    def plan(self, model: nn.Module, report: AttentionReport, train: Tensor) -> SwapPlan:
+        """The plan; a fraction of layers to keep is filled with the layers that `select` chooses."""
+        config = self.config
+        shared: dict[str, Any] = {"mixer": config.mixer, "options": config.options, "local": config.local}
+        uniform = plan(report, keep=config.keep, **shared)
+        everything = plan(report, keep=0, **shared)
+        keep = len(everything.layers) - len(uniform.layers)
+        if keep == 0 or config.select == "uniform" or not isinstance(config.keep, (str, float)):
+            return uniform
+        self.selection = select_layers(model, everything, train, keep, method=config.select)
+        self.lap("select")
+        steps = ", then ".join(f"{layer} (KL {kl:.3f})" for layer, kl in self.selection.steps)
+        self.listener.say(f"all swapped: KL {self.selection.start:.3f} nats a token; kept: layer {steps}")
+        return plan(report, keep=self.selection.kept, **shared)
+
+    def distil(self, model: nn.Module, train: Tensor, held_out: Tensor, resume: bool) -> DistillResult:
+        config = DistillConfig(
+            calibrate=CalibrationConfig() if self.config.start == "calibrated" else None,
+            stages=recipe(self.config.minutes, self.device, self.config.batch_size),
+            output_dir=self.out / TRAINING,
+            resume=resume and (self.out / TRAINING / "run.json").exists(),
+            save_minutes=2.0 if self.device.type == "cpu" else 10.0,
+            seed=self.config.seed,
+            device="cpu" if self.device.type == "cpu" else "cuda",
+        )
+        result = distill(model, train, config, eval_blocks=held_out, progress=self.listener.progress)
+        self.lap("distil")
+        return result
+
+    def clear_training(self, model: Any, tokenizer: Any, overwrite: bool) -> None:
+        """Save the finished model, then drop the checkpoints that led to it."""
+        save(model, self.out, tokenizer=tokenizer, overwrite=overwrite)
+        shutil.rmtree(self.out / TRAINING, ignore_errors=True)
+
+    def check_reload(self, model: nn.Module, reloaded: nn.Module, held_out: Tensor) -> dict[str, Any]:
+        rows = held_out[:2].to(self.device)
+        with torch.no_grad():
+            mine, theirs = (m.eval()(input_ids=rows, use_cache=False).logits for m in (model, reloaded))
+        equal = bool(torch.equal(mine, theirs))
+        if not equal:
+            worst = float((mine - theirs).abs().max())
+            raise CheckpointError(f"{self.out}: reloaded, the model's logits differ by up to {worst:.3g}")
+        return {"bitwise_equal": equal}
+
+    def generate(self, model: Any, tokenizer: Any) -> str:
+        if not self.config.prompt:
+            return ""
+        inputs = tokenizer(self.config.prompt, return_tensors="pt", return_token_type_ids=False).to(self.device)
+        tokens = model.generate(**inputs, max_new_tokens=self.config.new_tokens, do_sample=False)
+        return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def facts(
+        self,
+        report: AttentionReport,
+        chosen: SwapPlan,
+        result: DistillResult,
+        losses: dict[str, float],
+        check: dict[str, Any],
+        texts: dict[str, str],
+    ) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "config": {**dataclasses.asdict(self.config), "options": dict(self.config.options or {})},
+            "machine": machine(self.device),
+            "sites": len(report.sites),
+            "largest_proof_error": max((s.max_error or 0.0) for s in report.sites),
+            "swapped": [f"{layer.site.fqn}: {layer.mixer}" for layer in chosen.layers],
+            "kept": list(chosen.kept),
+            "selection": None if self.selection is None else dataclasses.asdict(self.selection),
+            "losses": losses,
+            "perplexities": {name: float(torch.tensor(loss).exp()) for name, loss in losses.items()},
+            "delta": losses["student"] - losses["teacher"],
+            "layer_errors": {m: [dataclasses.asdict(e) for e in errors] for m, errors in result.errors.items()},
+            "tokens": result.tokens,
+            "reload": check,
+            "texts": texts,
+            "seconds": {name: round(value, 1) for name, value in {**self.seconds, **result.seconds}.items()},
+            "history": result.history,
+        }
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self.clock = now - self.clock, now
+
+
+def recipe(minutes: float, device: torch.device, batch_size: int | None = None) -> tuple[StageConfig, ...]:
+    """The stages that share `minutes` of training: a third aligns each layer, the rest distils the whole model."""
+    size = batch_size or (8 if device.type == "cpu" else 64)
+    return (
+        StageConfig(kind="align", minutes=minutes / 3, batch_size=size, learning_rate=3e-3),
+        StageConfig(
+            kind="distil",
+            minutes=minutes * 2 / 3,
+            batch_size=size,
+            train="all",
+            learning_rate=2e-3,
+            rest_learning_rate=3e-4,
+        ),
+    )
+
+
+def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, before any work, a folder that holds something else; make room when it may be replaced."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file, not a folder")
+    training = out / TRAINING
+    if resume:
+        return
+    if overwrite:
+        shutil.rmtree(training, ignore_errors=True)
+        return
+    if training.exists():
+        raise CheckpointError(f"{out} holds an interrupted conversion: --resume continues it, --overwrite starts again")
+    if (out / "config.json").exists():
+        raise CheckpointError(f"{out} holds a model already: choose another folder, or replace it with --overwrite")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype that a name means; None is the model's own."""
+    dtypes = {"auto": torch.float32 if device.type == "cpu" else None}
+    dtypes |= {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"dtype is {name!r}; it must be one of {list(dtypes)}")
+    return dtypes[name]
+
+
+def held_out_blocks(data: str, tokenizer: Any, block_size: int, tokens: int) -> Tensor:
+    """About `tokens` held-out tokens [n, block_size], evenly spread over all there are."""
+    blocks = load_blocks(data, tokenizer, block_size, split="eval", limit_tokens=50 * tokens).blocks
+    wanted = max(1, tokens // block_size)
+    if blocks.shape[0] <= wanted:
+        return blocks
+    return blocks[torch.linspace(0, blocks.shape[0] - 1, wanted).round().long()]
+
+
+def held_out_of(name: str, data: str, block_size: int, tokens: int, device: str, dtype: str) -> float:
+    """Held-out loss of a saved model, in nats a token."""
+    where = pick_device(device)
+    model = load(name, dtype=pick_dtype(dtype, where), device=where).eval()
+    return held_out_loss(model, held_out_blocks(data, load_tokenizer(name), block_size, tokens))
+
+
+def load_tokenizer(name: str) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name} has no tokenizer that loads ({error})") from error
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What made a figure: processor, cores, versions."""
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write_report(out: Path, facts: dict[str, Any]) -> None:
+    """`report.json` and `report.png`."""
+    from fla_swap.plotting import plot_report
+
+    (out / REPORT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    plot_report(facts, out / PLOT)
