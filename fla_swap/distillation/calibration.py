@@ -53,31 +53,49 @@ class Layer:
         self.fqn, self.mixer = call.fqn, call.module.mixer
         self.hidden, self.kwargs = call.mix_arguments()
         self.evidence = evidence
-        self.fit = max(1, self.hidden.shape[0] // 2)
+        sequences = self.hidden.shape[0]
+        self.fit = max(1, sequences // 2)
+        self.judging = slice(self.fit if sequences > 1 else 0, None)
+        self.now: Tensor | None = None
 
     def heads(self) -> Tensor:
-        return self.mixer.head_outputs(self.hidden, **self.kwargs).float()
+        """The mixer's heads [S, T, H, V], fp32; kept until `changed`."""
+        heads = self.now
+        if heads is None:
+            heads = self.now = self.mixer.head_outputs(self.hidden, **self.kwargs).float()
+        return heads
+
+    def changed(self, heads: Tensor | None = None) -> None:
+        """The mixer's parameters changed; `heads` are the new ones, if known."""
+        self.now = heads
 
     def weight(self) -> Tensor:
         return self.mixer.o_proj.weight.float()
 
-    def error(self, heads: Tensor | None = None) -> float:
-        """Relative error of the layer's output on the judging sequences."""
-        heads = self.heads() if heads is None else heads
+    def error(self, *, scaled: bool = False) -> float:
+        """Relative error of the output on the judging sequences; `scaled`: with the heads at their best scale."""
+        heads = self.heads()
+        if scaled:
+            heads = heads * best_scale(self)
         wanted = self.evidence.output[self.judging]
         got = heads[self.judging].flatten(2) @ self.weight().t()
         return float((got - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
-    @property
-    def judging(self) -> slice:
-        return slice(self.fit if self.hidden.shape[0] > 1 else 0, None)
-
-    def head_errors(self) -> Tensor:
+    def head_errors(self, sequences: int = 4) -> Tensor:
         """[H]: how much of each original head is missed by this mixer's head under its best scale per channel."""
-        got, wanted = self.heads().flatten(0, 1), self.evidence.heads.flatten(0, 1)
+        arguments = {name: first(value, sequences, self.hidden.shape[0]) for name, value in self.kwargs.items()}
+        got = self.mixer.head_outputs(self.hidden[:sequences], **arguments).float().flatten(0, 1)
+        wanted = self.evidence.heads[:sequences].flatten(0, 1)
         explained = (got * wanted).sum(0).square() / got.square().sum(0).clamp_min(1e-20)
         total = wanted.square().sum((0, 2)).clamp_min(1e-20)
         return 1 - explained.sum(-1) / total
+
+
+def first(value: Any, count: int, batch: int) -> Any:
+    """The first `count` rows of what has a row per sequence."""
+    if isinstance(value, tuple):
+        return tuple(first(item, count, batch) for item in value)
+    return value[:count] if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch else value
 
 
 @torch.no_grad()
@@ -133,28 +151,26 @@ def look_at(model: nn.Module, call: LayerCall) -> Evidence:
 def calibrate_layer(layer: Layer, config: CalibrationConfig) -> LayerCalibration:
     before = layer.error()
     kept: list[str] = []
-    change(layer, "half-life", kept, lambda: fit_half_lives(layer, config.half_lives))
-    change(layer, "beta", kept, lambda: fit_betas(layer, config.betas))
-    change(layer, "head scale", kept, lambda: fit_head_scale(layer))
-    if config.output_map:
-        change(layer, "output map", kept, lambda: fit_output_map(layer))
-    return LayerCalibration(fqn=layer.fqn, before=before, after=layer.error(), kept=tuple(kept))
+    attempt(layer, "half-life", kept, lambda: fit_half_lives(layer, config.half_lives), scaled=True)
+    attempt(layer, "beta", kept, lambda: fit_betas(layer, config.betas), scaled=True)
+    attempt(layer, "head scale", kept, lambda: fit_head_scale(layer))
+    after = layer.error()
+    if config.output_map and (error := fit_output_map(layer, after)) < after:
+        kept.append("output map")
+        after = error
+    return LayerCalibration(fqn=layer.fqn, before=before, after=after, kept=tuple(kept))
 
 
-def change(layer: Layer, name: str, kept: list[str], fit: Callable[[], bool]) -> None:
-    """Apply one fit; undo it when the error, with the heads at their best scale, does not fall."""
-    saved = {n: t.clone() for n, t in layer.mixer.state_dict().items()}
-    before = layer.error(scaled(layer))
-    if fit() and layer.error(scaled(layer) if name in ("half-life", "beta") else None) < before:
+def attempt(layer: Layer, name: str, kept: list[str], fit: Callable[[], bool], *, scaled: bool = False) -> None:
+    """Apply one fit; undo it when the layer's error (`scaled`: with the heads at their best scale) does not fall."""
+    saved, heads = {n: t.clone() for n, t in layer.mixer.state_dict().items()}, layer.heads()
+    before = layer.error(scaled=scaled)
+    fitted = fit()
+    if fitted and layer.error(scaled=scaled) < before:
         kept.append(name)
     else:
         layer.mixer.load_state_dict(saved)
-
-
-def scaled(layer: Layer) -> Tensor:
-    """The heads as they would be after `fit_head_scale`."""
-    heads = layer.heads()
-    return heads * best_scale(layer, heads)
+        layer.changed(heads)
 
 
 def fit_half_lives(layer: Layer, multiples: tuple[float, ...]) -> bool:
@@ -176,7 +192,7 @@ def pick_per_head(layer: Layer, setter: Callable[[Tensor], None], tried: list[Te
 
     The caller undoes the change when the whole layer's error does not fall.
     """
-    errors = []
+    errors: list[Tensor] = []
     for values in tried:
         try:
             setter(values)
@@ -185,16 +201,17 @@ def pick_per_head(layer: Layer, setter: Callable[[Tensor], None], tried: list[Te
         errors.append(layer.head_errors())
     best = torch.stack(errors).argmin(0)
     setter(torch.stack(tried).gather(0, best[None])[0])
+    layer.changed()
     return True
 
 
-def best_scale(layer: Layer, heads: Tensor) -> Tensor:
+def best_scale(layer: Layer) -> Tensor:
     """[H, V] that minimises the error of the layer's output on the fitting sequences.
 
     With y = Σ_c s_c u_c w_c the normal equations are ((UᵀU) ∘ (WᵀW)) s = diag(Uᵀ Y* W); a small ridge pulls s to 1.
     """
+    heads, weight = layer.heads(), layer.weight()
     used = heads[: layer.fit].flatten(0, 1).flatten(1)
-    weight = layer.weight()
     wanted = layer.evidence.output[: layer.fit].flatten(0, 1)
     gram = (used.t() @ used) * (weight.t() @ weight)
     right = (used * (wanted @ weight)).sum(0)
@@ -204,25 +221,28 @@ def best_scale(layer: Layer, heads: Tensor) -> Tensor:
 
 
 def fit_head_scale(layer: Layer) -> bool:
-    heads = layer.heads()
-    layer.mixer.set_head_scale_(best_scale(layer, heads))
+    scale = best_scale(layer)
+    layer.mixer.set_head_scale_(scale)
+    layer.changed(layer.heads() * scale)
     return True
 
 
-def fit_output_map(layer: Layer) -> bool:
-    """o_proj's weight W by ridge regression of the original's output on this mixer's heads, pulled to the copied W."""
-    heads, original = layer.heads().flatten(2), layer.weight().clone()
-    parameter = layer.mixer.o_proj.weight
+def fit_output_map(layer: Layer, error: float) -> float:
+    """Set o_proj's weight W by ridge regression of the original's output on this mixer's heads, pulled to the W it has.
+
+    The ridge is the one that does best on the judging sequences; the solution that is kept was fitted to all of them.
+    Returns the judged error; W is left alone when that is not below `error`.
+    """
+    heads, wanted, parameter = layer.heads().flatten(2), layer.evidence.output, layer.mixer.o_proj.weight
+    original = parameter.clone()
     judged: list[tuple[float, float]] = []
     for ridge in RIDGES:
-        parameter.copy_(ridge_solution(heads[: layer.fit], layer.evidence.output[: layer.fit], original, ridge))
+        parameter.copy_(ridge_solution(heads[: layer.fit], wanted[: layer.fit], original.float(), ridge))
         judged.append((layer.error(), ridge))
-    error, ridge = min(judged)
-    parameter.copy_(original)
-    if not math.isfinite(error) or error >= layer.error():
-        return False
-    parameter.copy_(ridge_solution(heads[: layer.fit], layer.evidence.output[: layer.fit], original, ridge))
-    return True
+    best, ridge = min(judged)
+    better = math.isfinite(best) and best < error
+    parameter.copy_(ridge_solution(heads, wanted, original.float(), ridge) if better else original)
+    return best if better else error
 
 
 def ridge_solution(heads: Tensor, wanted: Tensor, start: Tensor, ridge: float) -> Tensor:

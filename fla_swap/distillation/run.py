@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from transformers import TrainerCallback
 from fla_swap.distillation.alignment import Alignment, Objective, layers_of
 from fla_swap.distillation.calibration import LayerCalibration, calibrate
 from fla_swap.distillation.config import DistillConfig, StageConfig
+from fla_swap.distillation.contexts import checkpointed_gradients, full_precision, stopping_at_ctrl_c, unchanged_flags
 from fla_swap.distillation.data import TokenBlocks, load_blocks
 from fla_swap.distillation.evaluation import LayerError, as_blocks, held_out_loss, layer_errors
 from fla_swap.distillation.folder import RunFolder, digest
@@ -101,6 +100,7 @@ class Run:
         self.model, self.config, self.callbacks = model, config, callbacks
         self.layers = check_layers(model, config, teacher)
         self.device = pick_device(config.device)
+        self.bf16 = bfloat16_wanted(config.precision, self.device)
         self.data, self.tokenizer = data, tokenizer
         self.eval_blocks = None if eval_blocks is None else as_blocks(eval_blocks)
         self.progress = progress if progress is not None else default_progress()
@@ -132,7 +132,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         mixers = {id(p) for _, layer in self.layers for p in layer.mixer.parameters()}
         rest: dict[str, Tensor] = {n: p for n, p in self.model.named_parameters() if id(p) not in mixers}
-        facts = {"mixers": {n: layer.mixer.name for n, layer in self.layers}, "original_weights": digest(rest)}
+        kinds = {n: layer.mixer.name for n, layer in self.layers}
+        facts = {"mixers": kinds, "original_weights": digest(rest), "bfloat16": self.bf16}
         return {"config": self.config.fingerprint(), "model": facts}
 
     def make_teacher(self) -> None:
@@ -209,7 +210,7 @@ class Run:
     ) -> None:
         blocks = self.blocks(stage.block_size)
         name = self.config.stage_name(number)
-        arguments = training_arguments(stage, self.config, folder, number=number, device=self.device)
+        arguments = training_arguments(stage, self.config, folder, number=number, device=self.device, bf16=self.bf16)
         sequences = stage.batch_size * arguments.world_size
         if blocks.shape[0] < sequences:
             raise DataError(
@@ -318,65 +319,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(str(PartialState().device))
 
 
+def bfloat16_wanted(precision: str, device: torch.device) -> bool:
+    """Whether layers run in bfloat16 under autocast."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return True
+    ask = getattr(torch.cpu, "get_capabilities", None)  # from torch 2.12 on
+    can = {} if ask is None else ask()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
 def stack_blocks(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"input_ids": torch.stack([item["input_ids"] for item in items])}
-
-
-@contextlib.contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """Hold the weights in float32 while they train, and give them their own dtype back afterwards."""
-    dtypes = {n: t.dtype for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_floating_point()}
-    narrow = {d for d in dtypes.values() if d in (torch.bfloat16, torch.float16)}
-    if narrow:
-        model.float()
-    try:
-        yield
-    finally:
-        if narrow and len(set(dtypes.values())) == 1:
-            model.to(next(iter(narrow)))  # type: ignore[call-overload]
-        elif narrow:
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if name in dtypes:
-                    tensor.data = tensor.data.to(dtypes[name])
-
-
-@contextlib.contextmanager
-def unchanged_flags(model: nn.Module) -> Iterator[None]:
-    """Put `requires_grad` back as it was."""
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
-            parameter.grad = None
-
-
-@contextlib.contextmanager
-def checkpointed_gradients(model: Any, stage: StageConfig) -> Iterator[None]:
-    if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        if stage.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-
-
-@contextlib.contextmanager
-def stopping_at_ctrl_c(callback: StageCallback) -> Iterator[None]:
-    """The first Ctrl-C ends the stage at the next step's border, with a checkpoint; the second one at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        if callback.interrupted:
-            raise KeyboardInterrupt
-        callback.interrupted = True
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -7,7 +7,6 @@ costs more than all the others together.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from fla_swap.distillation.config import CalibrationConfig
 from fla_swap.distillation.losses import CausalModel, kl_divergence
 from fla_swap.distillation.teacher import Teacher
 from fla_swap.errors import PlanError
-from fla_swap.swapping import swap_, swapped_layers
+from fla_swap.swapping import restore_, swap_, swapped_layers
 from fla_swap.types import SwapPlan
 
 METHODS = ("greedy", "leave_one_out")
@@ -68,11 +67,18 @@ def select_layers(
     if not 0 <= keep <= len(plan.layers):
         raise PlanError(f"cannot keep {keep} of {len(plan.layers)} layers")
     config = calibration or CalibrationConfig()
-    student = swap_(copy.deepcopy(model).float(), plan)
-    calibrate(student, blocks, config)
-    device = next(student.parameters()).device
     rows = blocks[config.sequences :][:8] if blocks.shape[0] > config.sequences else blocks[:8]
-    judge = Judge(student, rows[:, : config.length].to(device))
+    rows = rows[:, : config.length].to(next(model.parameters()).device)
+    swap_(model, plan)
+    try:
+        calibrate(model, blocks, config)
+        return choose(Judge(model, rows), keep, method)
+    finally:
+        restore_(model)
+
+
+def choose(judge: Judge, keep: int, method: str) -> Selection:
+    """Put layers back one after the other."""
     start = judge.divergence(())
     scores = {layer: judge.divergence((layer,)) for layer in judge.layers}
     chosen: list[tuple[int, float]] = []

@@ -284,7 +284,7 @@ def save_problem(error: Exception, path: Path) -> str:
 
 
 def training_arguments(
-    stage: StageConfig, config: DistillConfig, folder: Path, *, number: int, device: torch.device
+    stage: StageConfig, config: DistillConfig, folder: Path, *, number: int, device: torch.device, bf16: bool
 ) -> TrainingArguments:
     """The stage as `TrainingArguments`: no evaluation, no worker processes, no reports but ours."""
     arguments = TrainingArguments(
@@ -293,7 +293,7 @@ def training_arguments(
         per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.accumulation,
         max_grad_norm=stage.max_grad_norm,
-        bf16=device.type == "cuda",
+        bf16=bf16,
         use_cpu=device.type == "cpu",
         seed=config.seed + number,
         data_seed=config.seed + number,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -22,7 +23,8 @@ DISTIL = StageConfig(kind="distil", steps=8, batch_size=4, train="all", learning
 
 
 def config(*stages: StageConfig, **options) -> DistillConfig:
-    return DistillConfig(**{"calibrate": None, "stages": stages or (ALIGN, DISTIL), "device": "cpu", **options})
+    given = {"calibrate": None, "stages": stages or (ALIGN, DISTIL), "device": "cpu", "precision": "float32"}
+    return DistillConfig(**{**given, **options})
 
 
 def losses(result):
@@ -151,12 +153,13 @@ def test_bfloat16_weights_train_in_float32_and_come_back_in_bfloat16():
 # ---- stopping and going on
 
 
-def test_an_interrupted_run_goes_on_with_bitwise_the_same_losses(tmp_path):
-    whole = distill(swapped_llama(), text(), config(output_dir=tmp_path / "whole"))
-    stopped = config(output_dir=tmp_path / "stopped")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_interrupted_run_goes_on_with_bitwise_the_same_losses(tmp_path, precision):
+    whole = distill(swapped_llama(), text(), config(output_dir=tmp_path / "whole", precision=precision))
+    stopped = config(output_dir=tmp_path / "stopped", precision=precision)
     with pytest.raises(TrainingError, match=r"interrupted at step 3 of stage 2-distil; resume=True .*checkpoint-3"):
         distill(swapped_llama(), text(), stopped, callbacks=[At(3, 8, press_ctrl_c)])
-    resumed = distill(swapped_llama(), text(), config(output_dir=tmp_path / "stopped", resume=True))
+    resumed = distill(swapped_llama(), text(), dataclasses.replace(stopped, resume=True))
     assert losses(resumed) == losses(whole)
     assert losses(resumed)[-1][:2] == ("2-distil", 8)
     assert json.loads((tmp_path / "stopped" / "history.json").read_text())[-1]["loss"] == resumed.history[-1]["loss"]
