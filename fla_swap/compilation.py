@@ -24,14 +24,14 @@ Model = TypeVar("Model", bound=nn.Module)
 # A compiled model's static caches are this many tokens long, or a multiple: fewer lengths, fewer compilations.
 CACHE_STEP = 64
 RECOMPILE_LIMIT = 64
-# Arguments whose last (or only) time dimension varies between calls: name → dimensions by rank.
-TIME = {
-    "input_ids": {2: 1},
-    "inputs_embeds": {3: 1},
-    "attention_mask": {2: 1, 4: 2},
-    "position_ids": {2: 1},
-    "labels": {2: 1},
-    "token_type_ids": {2: 1},
+# Arguments with dimensions that vary with the length: name → rank → those dimensions.
+TIME: dict[str, dict[int, list[int]]] = {
+    "input_ids": {2: [1]},
+    "inputs_embeds": {3: [1]},
+    "attention_mask": {2: [1], 4: [2, 3]},
+    "position_ids": {2: [1]},
+    "labels": {2: [1]},
+    "token_type_ids": {2: [1]},
 }
 
 
@@ -58,8 +58,9 @@ class CompiledForward:
             return self.step(*args, **kwargs)
         for name, dimensions in TIME.items():
             value = given.get(name)
-            if isinstance(value, Tensor) and value.dim() in dimensions:
-                torch._dynamo.maybe_mark_dynamic(value, dimensions[value.dim()])
+            for tensor in value.values() if isinstance(value, dict) else (value,):  # a mask for each kind of layer
+                if isinstance(tensor, Tensor) and tensor.dim() in dimensions:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dimensions[tensor.dim()])
         return self.many(*args, **kwargs)
 
 

@@ -35,7 +35,12 @@ def fresh():
     torch.compiler.reset()
 
 
-MODELS = [("llama", "gla", (1,)), ("gpt2", "gated_deltanet", 0), ("mistral", "window", (0,)), ("qwen3", "softmax", 0)]
+MODELS = [
+    ("llama", "gated_deltanet", (1,)),
+    ("mistral", "window", (0,)),
+    pytest.param("gpt2", "gla", 0, marks=pytest.mark.slow),
+    pytest.param("qwen3", "softmax", 0, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("family", "mixer", "keep"), MODELS)
@@ -49,7 +54,7 @@ def test_forward_prefill_and_decode_are_whole_graphs_and_give_the_same_tokens(fa
     )
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
-    assert compile(model, backend="aot_eager") is model
+    assert compile(model, backend="eager") is model
     with torch.no_grad():
         torch.testing.assert_close(model(ids, use_cache=False).logits, logits, atol=1e-5, rtol=1e-5)
     assert graphs() == 1
@@ -80,7 +85,7 @@ def test_static_state_keeps_its_addresses_from_the_first_call_on():
     cache = out.past_key_values
     assert isinstance(cache, StaticCache) and cache.get_max_length() == CACHE_STEP
     held = [*cache.layers[0].state.values(), cache.layers[0].count, cache.layers[1].keys]
-    assert all(tensor._dynamo_static_input_type == "guarded" for tensor in held)
+    assert all(tensor._dynamo_static_input_type == "unguarded" for tensor in held)
     assert int(cache.layers[0].count) == 14  # 11 of the prompt, 3 of the 4 new tokens went in
 
 
