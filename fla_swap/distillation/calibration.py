@@ -23,6 +23,8 @@ from fla_swap.distillation.config import CalibrationConfig
 from fla_swap.mixers.softmax import Softmax
 
 RIDGES = (1.0, 0.1, 0.01, 0.001)
+SEQUENCES_LOOKED_AT = 4
+"""For what is one number per head (distance, entropy, the choice of a half-life); the maps are fitted to all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +83,7 @@ class Layer:
         got = heads[self.judging].flatten(2) @ self.weight().t()
         return float((got - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
-    def head_errors(self, sequences: int = 4) -> Tensor:
+    def head_errors(self, sequences: int = SEQUENCES_LOOKED_AT) -> Tensor:
         """[H]: how much of each original head is missed by this mixer's head under its best scale per channel."""
         arguments = {name: first(value, sequences, self.hidden.shape[0]) for name, value in self.kwargs.items()}
         got = self.mixer.head_outputs(self.hidden[:sequences], **arguments).float().flatten(0, 1)
@@ -134,7 +136,8 @@ def look_at(model: nn.Module, call: LayerCall) -> Evidence:
         eye = torch.eye(values.shape[2], device=values.device, dtype=values.dtype)
         return keys, eye.expand(*values.shape[:2], -1, -1)
 
-    weights = softmax(hidden, kv_update=identity, **kwargs)[0].float()
+    few = {name: first(value, SEQUENCES_LOOKED_AT, hidden.shape[0]) for name, value in kwargs.items()}
+    weights = softmax(hidden[:SEQUENCES_LOOKED_AT], kv_update=identity, **few)[0].float()
     weights = weights.unflatten(-1, (softmax.heads, -1)).transpose(1, 2)  # [S, H, T, T]
     time = torch.arange(weights.shape[-1], device=weights.device, dtype=torch.float32)
     away = (time[:, None] - time).clamp_min(0)

@@ -31,8 +31,8 @@ class CalibrationConfig:
 
     sequences: int = 32
     length: int = 256
-    half_lives: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 16.0)
-    betas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+    half_lives: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0)
+    betas: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 0.95)
     output_map: bool = True
 
     def __post_init__(self) -> None:
