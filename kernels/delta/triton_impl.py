@@ -134,14 +134,14 @@ def forward(
     """Return (o, final state [N, HV, K, V], inverse [C · HV · 64, 64])."""
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     p = _problem(q, v, cu_seqlens, launch)
-    if qk_l2norm:
-        q, k = _normalise(p, q), _normalise(p, k)
+    norms = _norms(p, q, k, qk_l2norm)
     gates = _gates(p, g)
     inverse = p.scratch(p.slots * CHUNK, CHUNK, dtype=torch.float32)
     p.run(
         kernels.inverse_kernel,
         p.slots,
         k=k,
+        k_norm=norms["k_norm"],
         beta=beta,
         gates=gates,
         inverse=inverse,
@@ -149,10 +149,10 @@ def forward(
         H=p.heads,
         HV=p.value_heads,
         K=p.width,
+        NORMALISE=qk_l2norm,
         PRECISION=p.precision,
-        INVERSE="ieee",
     )
-    _, states, v_new, final = _states(p, k, v, beta, gates, inverse, initial_state)
+    _, states, v_new, final = _states(p, k, norms, v, beta, gates, inverse, initial_state)
     o = torch.zeros_like(v) if p.packed else torch.empty_like(v)
     p.run(
         kernels.output_kernel,
@@ -167,15 +167,20 @@ def forward(
         chunks=p.chunks,
         scale=scale,
         PRECISION=p.precision,
+        **norms,
         **p.sizes,
     )
     return o, final, inverse
 
 
-def _normalise(p: Problem, x: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    _run_rows(p, kernels.norm_kernel, x=x, y=out)
-    return out
+def _norms(p: Problem, q: Tensor, k: Tensor, wanted: bool) -> dict[str, Any]:
+    """1/‖q‖ and 1/‖k‖ of each row, [B, T, H] fp32, as the kernels take them (stand-ins when nothing is normalised)."""
+    if not wanted:
+        return {"q_norm": q, "k_norm": k, "NORMALISE": False}
+    norms = p.scratch(*q.shape[:3], dtype=torch.float32), p.scratch(*k.shape[:3], dtype=torch.float32)
+    for x, norm in zip((q, k), norms, strict=True):
+        _run_rows(p, kernels.norm_kernel, x=x, norm=norm)
+    return {"q_norm": norms[0], "k_norm": norms[1], "NORMALISE": True}
 
 
 def _run_rows(p: Problem, kernel: Any, *, x: Tensor, **arguments: Tensor) -> None:
@@ -196,11 +201,19 @@ def _gates(p: Problem, g: Tensor | None) -> Tensor:
 
 
 def _states(
-    p: Problem, k: Tensor, v: Tensor, beta: Tensor, gates: Tensor, inverse: Tensor, initial_state: Tensor | None
+    p: Problem,
+    k: Tensor,
+    norms: dict[str, Any],
+    v: Tensor,
+    beta: Tensor,
+    gates: Tensor,
+    inverse: Tensor,
+    initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(w, chunk-start states, v_new, final states)."""
-    u = p.scratch(p.slots, CHUNK, p.value_width, dtype=torch.float32)  # one rounding less on the way to o
-    w = p.scratch(p.slots, CHUNK, p.width)
+    u = p.scratch(p.slots, CHUNK, p.value_width, dtype=torch.float32)
+    w = p.scratch(p.slots, CHUNK, p.width, dtype=torch.float32)
+    key_norm = {"k_norm": norms["k_norm"], "NORMALISE": norms["NORMALISE"]}
     for x, out, grow in ((v, u, False), (k, w, True)):
         p.run(
             kernels.apply_kernel,
@@ -217,6 +230,7 @@ def _states(
             D=x.shape[3],
             GROW=grow,
             PRECISION=p.precision,
+            **key_norm,
         )
     programs = p.sequences.shape[0] * p.value_heads
     states = p.scratch(p.slots, p.width, p.value_width)
@@ -238,6 +252,7 @@ def _states(
         sequences=p.sequences,
         HAS_INITIAL=initial_state is not None,
         PRECISION=p.precision,
+        **key_norm,
         **p.sizes,
     )
     return w, states, v_new, final
@@ -259,13 +274,12 @@ def backward(
     launch: Launch = launch_now,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of q, k, v, g, beta and the initial state."""
-    raw_q, raw_k = q.contiguous(), k.contiguous()
-    v, beta, d_o = (x.contiguous() for x in (v, beta, d_o))
-    p = _problem(raw_q, v, cu_seqlens, launch)
-    q, k = (_normalise(p, raw_q), _normalise(p, raw_k)) if qk_l2norm else (raw_q, raw_k)
+    q, k, v, beta, d_o = (x.contiguous() for x in (q, k, v, beta, d_o))
+    p = _problem(q, v, cu_seqlens, launch)
+    norms = _norms(p, q, k, qk_l2norm)
     gates = _gates(p, g)
-    w, states, v_new, _ = _states(p, k, v, beta, gates, inverse, initial_state)
-    dv_new, d_states, d_initial = _states_backward(p, q, k, w, gates, d_o, d_final, scale)
+    w, states, v_new, _ = _states(p, k, norms, v, beta, gates, inverse, initial_state)
+    dv_new, d_states, d_initial = _states_backward(p, q, k, norms, w, gates, d_o, d_final, scale)
 
     new = torch.zeros_like if p.packed else torch.empty_like
     du, from_v, d_v = torch.empty_like(v_new), torch.empty_like(gates), new(v)
@@ -288,7 +302,7 @@ def backward(
     d_gates, from_pair = torch.empty_like(gates), torch.empty_like(gates)
     shared: dict[str, Any] = {"q": q, "k": k, "beta": beta, "d_o": d_o, "v_new": v_new, "du": du, "gates": gates}
     shared |= {"d_qk": d_qk, "d_kk": d_kk, "chunks": p.chunks, "scale": scale}
-    shared |= {"PRECISION": p.precision, **p.sizes}
+    shared |= {"PRECISION": p.precision, **norms, **p.sizes}
     p.run(kernels.pair_backward_kernel, p.slots, d_gates=d_gates, d_factor=from_pair, **shared)
 
     tiles = _tiles(p.width)
@@ -329,8 +343,8 @@ def backward(
         HAS_GATE=g is not None,
     )
     return (
-        _key_gradient(p, dq, raw_q, qk_l2norm),
-        _key_gradient(p, dk, raw_k, qk_l2norm),
+        _key_gradient(p, dq, q, qk_l2norm),
+        _key_gradient(p, dk, k, qk_l2norm),
         d_v,
         d_g,
         d_beta,
@@ -342,6 +356,7 @@ def _states_backward(
     p: Problem,
     q: Tensor,
     k: Tensor,
+    norms: dict[str, Any],
     w: Tensor,
     gates: Tensor,
     d_o: Tensor,
@@ -349,7 +364,7 @@ def _states_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of v_new, of the state at each chunk's end, of the initial states)."""
-    dv = p.scratch(p.slots, CHUNK, p.value_width)
+    dv = p.scratch(p.slots, CHUNK, p.value_width, dtype=torch.float32)
     p.run(
         kernels.dv_kernel,
         p.slots,
@@ -362,6 +377,7 @@ def _states_backward(
         chunks=p.chunks,
         scale=scale,
         PRECISION=p.precision,
+        **norms,
         **p.sizes,
     )
     count = p.sequences.shape[0]
@@ -387,6 +403,7 @@ def _states_backward(
         scale=scale,
         HAS_FINAL=d_final is not None,
         PRECISION=p.precision,
+        **norms,
         **p.sizes,
     )
     return dv_new, d_states, d_initial

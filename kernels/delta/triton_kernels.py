@@ -50,23 +50,58 @@ def _decay(gates):
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
-    """a @ b in fp32. "interpreted": Triton's interpreter cannot multiply bf16, so it gets the same values as fp32."""
-    if PRECISION == "interpreted":
+    """a @ b in fp32; bf16 beside fp32 is widened.
+
+    "interpreted": Triton's interpreter cannot multiply bf16, so it gets the same values as fp32.
+    """
+    if PRECISION == "ieee":
+        return _exact_dot(a.to(tl.float32), b.to(tl.float32))
+    elif PRECISION == "interpreted":
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    else:
+    elif a.dtype == b.dtype:
         return tl.dot(a, b, input_precision=PRECISION)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
 
 
 @triton.jit
-def norm_kernel(x, y, count, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr):
-    """y = x / sqrt(Σ x² + eps), row by row."""
+def _exact_dot(a, b):
+    """fp32 products without tensor cores, 16 inner elements at a time: each thread holds whole rows of its operands."""
+    a0, a1 = tl.split(tl.permute(tl.reshape(a, (L, 2, 32)), (0, 2, 1)))
+    b0, b1 = tl.split(tl.permute(tl.reshape(b, (2, 32, L)), (1, 2, 0)))
+    return _exact_half(a0, b0) + _exact_half(a1, b1)
+
+
+@triton.jit
+def _exact_half(a, b):
+    a0, a1 = tl.split(tl.permute(tl.reshape(a, (L, 2, 16)), (0, 2, 1)))
+    b0, b1 = tl.split(tl.permute(tl.reshape(b, (2, 16, L)), (1, 2, 0)))
+    return tl.dot(a0, b0, input_precision="ieee") + tl.dot(a1, b1, input_precision="ieee")
+
+
+@triton.jit
+def _load_norm(norm, row0, rows, stride, NORMALISE: tl.constexpr):
+    """1/‖x‖ of each row, ones when nothing is normalised: products use x as given (exact in bf16) and are scaled."""
+    if NORMALISE:
+        return _load_column(norm, row0, rows, stride)
+    else:
+        return tl.full((L,), 1.0, tl.float32)
+
+
+@triton.jit
+def _scaled(pair, norm):
+    """pair with its columns scaled, in its own dtype."""
+    return (pair.to(tl.float32) * norm[None, :]).to(pair.dtype)
+
+
+@triton.jit
+def norm_kernel(x, norm, count, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr):
+    """norm = 1 / sqrt(Σ x² + eps) of each row, fp32."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BK)
     inside = (r < count)[:, None] & (d < K)[None, :]
-    at = r[:, None] * K + d[None, :]
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value, 1) + EPS)[:, None]
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+    value = tl.load(x + r[:, None] * K + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(norm + r, tl.rsqrt(tl.sum(value * value, 1) + EPS), mask=r < count)
 
 
 @triton.jit
@@ -99,8 +134,8 @@ def gates_kernel(g, gates, chunks, HV: tl.constexpr):
 
 @triton.jit
 def inverse_kernel(
-    k, beta, gates, inverse, chunks,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+    k, k_norm, beta, gates, inverse, chunks,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(I + N)⁻¹, N_ij = β_i (k_i·k_j) e^(G_i − G_j) below the diagonal, in fp32.
 
@@ -116,6 +151,8 @@ def inverse_kernel(
     for k0 in range(0, K, L):
         key = _load(k, row0, rows, H * K, k0, K)
         lower += _dot(key, tl.trans(key), PRECISION)
+    norm = _load_norm(k_norm + h // (HV // H), row0, rows, H, NORMALISE)
+    lower *= norm[:, None] * norm[None, :]
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
     lower *= _decay(_load_column(gates, slot * L, L, 1)) * _load_column(beta + h, row0, rows, HV)[:, None]
@@ -123,15 +160,15 @@ def inverse_kernel(
     result = tl.where(i == j, 1.0, 0.0) - tl.where((i >> 1) == (j >> 1), lower, 0.0)
     for level in range(1, 6):
         pairs = ((i >> (level + 1)) == (j >> (level + 1))) & ((i >> level) != (j >> level))
-        left = tl.dot(result, tl.where(pairs, lower, 0.0), input_precision=INVERSE)
-        result -= tl.dot(left, result, input_precision=INVERSE)
+        result -= _exact_dot(_exact_dot(result, tl.where(pairs, lower, 0.0)), result)
     _store(inverse + slot * L * L, result, 0, L, L, 0, L)
 
 
 @triton.jit
 def apply_kernel(
-    x, beta, gates, inverse, out, chunks,
-    HX: tl.constexpr, HV: tl.constexpr, D: tl.constexpr, GROW: tl.constexpr, PRECISION: tl.constexpr,
+    x, k_norm, beta, gates, inverse, out, chunks,
+    HX: tl.constexpr, HV: tl.constexpr, D: tl.constexpr, GROW: tl.constexpr, NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = T (β x), or T (β e^G x) with GROW: u from v, w from k. One program per (slot, head) and 64 columns."""
     slot = tl.program_id(0).to(tl.int64)
@@ -143,6 +180,7 @@ def apply_kernel(
     factor = _load_column(beta + h, row0, rows, HV)
     if GROW:
         factor *= tl.exp(_load_column(gates, slot * L, L, 1))
+        factor *= _load_norm(k_norm + h // (HV // HX), row0, rows, HX, NORMALISE)
     tile = _load(x + (h // (HV // HX)) * D, row0, rows, HX * D, d0, D).to(tl.float32) * factor[:, None]
     matrix = _load(inverse + slot * L * L, 0, L, L, 0, L)
     _store(out + slot * L * D, _dot(matrix, tile, PRECISION), 0, L, D, d0, D)
@@ -150,9 +188,9 @@ def apply_kernel(
 
 @triton.jit
 def state_kernel(
-    w, u, k, gates, initial, states, v_new, final, chunks, sequences,
+    w, u, k, k_norm, gates, initial, states, v_new, final, chunks, sequences,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry S over the chunks of one sequence and head, 64 value columns: v_new = u − w S, S ← e^G_last S + kᵀ v_new.
 
@@ -163,6 +201,7 @@ def state_kernel(
     v0 = tl.program_id(1) * L
     first, count = tl.load(sequences + 2 * n), tl.load(sequences + 2 * n + 1)
     k += (h // (HV // H)) * K
+    k_norm += h // (HV // H)
     initial += pid * K * V
     s0 = tl.zeros((L, L), dtype=tl.float32)
     s1, s2, s3 = s0, s0, s0
@@ -179,25 +218,21 @@ def state_kernel(
         slot = c * HV + h
         start, w_at = states + slot * K * V, w + slot * L * K
         value = _load(u + slot * L * V, 0, L, V, v0, V).to(tl.float32)
-        low = s0.to(w.dtype.element_ty)
-        _store(start, low, 0, K, V, v0, V)
-        value -= _dot(_load(w_at, 0, L, K, 0, K), low, PRECISION)
+        _store(start, s0, 0, K, V, v0, V)
+        value -= _dot(_load(w_at, 0, L, K, 0, K), s0, PRECISION)
         if K > 64:
-            low = s1.to(w.dtype.element_ty)
-            _store(start, low, 64, K - 64, V, v0, V)
-            value -= _dot(_load(w_at, 0, L, K, 64, K), low, PRECISION)
+            _store(start, s1, 64, K - 64, V, v0, V)
+            value -= _dot(_load(w_at, 0, L, K, 64, K), s1, PRECISION)
         if K > 128:
-            low = s2.to(w.dtype.element_ty)
-            _store(start, low, 128, K - 128, V, v0, V)
-            value -= _dot(_load(w_at, 0, L, K, 128, K), low, PRECISION)
+            _store(start, s2, 128, K - 128, V, v0, V)
+            value -= _dot(_load(w_at, 0, L, K, 128, K), s2, PRECISION)
         if K > 192:
-            low = s3.to(w.dtype.element_ty)
-            _store(start, low, 192, K - 192, V, v0, V)
-            value -= _dot(_load(w_at, 0, L, K, 192, K), low, PRECISION)
+            _store(start, s3, 192, K - 192, V, v0, V)
+            value -= _dot(_load(w_at, 0, L, K, 192, K), s3, PRECISION)
         _store(v_new + slot * L * V, value, 0, L, V, v0, V)
         gate = _load_column(gates, slot * L, L, 1)
         last = tl.load(gates + slot * L + L - 1)
-        value = (value * tl.exp(last - gate)[:, None]).to(k.dtype.element_ty)
+        value *= (tl.exp(last - gate) * _load_norm(k_norm, row0, rows, H, NORMALISE))[:, None]
         total = tl.exp(last)
         key = tl.trans(_load(k, row0, rows, H * K, 0, K))
         s0 = s0 * total + _dot(key, value, PRECISION)
@@ -222,8 +257,9 @@ def state_kernel(
 
 @triton.jit
 def output_kernel(
-    q, k, v_new, states, gates, o, chunks, scale,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, q_norm, k_norm, v_new, states, gates, o, chunks, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o = scale (e^G q S + ((q kᵀ) ∘ decay) v_new), 64 value columns."""
     slot = tl.program_id(0).to(tl.int64)
@@ -242,6 +278,9 @@ def output_kernel(
         state = _load(states + slot * K * V, k0, K - k0, V, v0, V)
         through += _dot(query, state, PRECISION)
         scores += _dot(query, tl.trans(key), PRECISION)
+    norm = _load_norm(q_norm + h // (HV // H), row0, rows, H, NORMALISE)
+    through *= norm[:, None]
+    scores *= norm[:, None] * _load_norm(k_norm + h // (HV // H), row0, rows, H, NORMALISE)[None, :]
     gate = _load_column(gates, slot * L, L, 1)
     value = _load(v_new + slot * L * V, 0, L, V, v0, V)
     scores = (scores * _decay(gate)).to(value.dtype)
@@ -251,8 +290,9 @@ def output_kernel(
 
 @triton.jit
 def dv_kernel(
-    q, k, d_o, gates, dv, chunks, scale,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, q_norm, k_norm, d_o, gates, dv, chunks, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv [C, HV, 64, V] = scale ((q kᵀ) ∘ decay)ᵀ do: what v_new receives from its own chunk's outputs."""
     slot = tl.program_id(0).to(tl.int64)
@@ -268,6 +308,8 @@ def dv_kernel(
         query = _load(q, row0, rows, H * K, k0, K)
         key = _load(k, row0, rows, H * K, k0, K)
         scores += _dot(query, tl.trans(key), PRECISION)
+    scores *= _load_norm(q_norm + h // (HV // H), row0, rows, H, NORMALISE)[:, None]
+    scores *= _load_norm(k_norm + h // (HV // H), row0, rows, H, NORMALISE)[None, :]
     grad = _load(d_o + h * V, row0, rows, HV * V, v0, V)
     scores = (scores * _decay(_load_column(gates, slot * L, L, 1)) * scale).to(grad.dtype)
     result = _dot(tl.trans(scores), grad, PRECISION)
@@ -276,9 +318,9 @@ def dv_kernel(
 
 @triton.jit
 def state_backward_kernel(
-    q, k, w, d_o, gates, d_final, d_states, dv, dv_new, d_initial, chunks, sequences, scale,
+    q, k, q_norm, k_norm, w, d_o, gates, d_final, d_states, dv, dv_new, d_initial, chunks, sequences, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FINAL: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Carry dS from the last chunk to the first. Stores dS at each chunk's end; dv_new = dv + the state's part."""
     pid = tl.program_id(0).to(tl.int64)
@@ -287,6 +329,8 @@ def state_backward_kernel(
     first, count = tl.load(sequences + 2 * n), tl.load(sequences + 2 * n + 1)
     q += (h // (HV // H)) * K
     k += (h // (HV // H)) * K
+    q_norm += h // (HV // H)
+    k_norm += h // (HV // H)
     d_final += pid * K * V
     s0 = tl.zeros((L, L), dtype=tl.float32)
     s1, s2, s3 = s0, s0, s0
@@ -303,28 +347,25 @@ def state_backward_kernel(
         row0, rows = tl.load(chunks + 2 * c), tl.load(chunks + 2 * c + 1)
         slot = c * HV + h
         end, w_at = d_states + slot * K * V, w + slot * L * K
-        low = s0.to(k.dtype.element_ty)
-        _store(end, low, 0, K, V, v0, V)
-        value = _dot(_load(k, row0, rows, H * K, 0, K), low, PRECISION)
+        _store(end, s0, 0, K, V, v0, V)
+        value = _dot(_load(k, row0, rows, H * K, 0, K), s0, PRECISION)
         if K > 64:
-            low = s1.to(k.dtype.element_ty)
-            _store(end, low, 64, K - 64, V, v0, V)
-            value += _dot(_load(k, row0, rows, H * K, 64, K), low, PRECISION)
+            _store(end, s1, 64, K - 64, V, v0, V)
+            value += _dot(_load(k, row0, rows, H * K, 64, K), s1, PRECISION)
         if K > 128:
-            low = s2.to(k.dtype.element_ty)
-            _store(end, low, 128, K - 128, V, v0, V)
-            value += _dot(_load(k, row0, rows, H * K, 128, K), low, PRECISION)
+            _store(end, s2, 128, K - 128, V, v0, V)
+            value += _dot(_load(k, row0, rows, H * K, 128, K), s2, PRECISION)
         if K > 192:
-            low = s3.to(k.dtype.element_ty)
-            _store(end, low, 192, K - 192, V, v0, V)
-            value += _dot(_load(k, row0, rows, H * K, 192, K), low, PRECISION)
+            _store(end, s3, 192, K - 192, V, v0, V)
+            value += _dot(_load(k, row0, rows, H * K, 192, K), s3, PRECISION)
         gate = _load_column(gates, slot * L, L, 1)
         last = tl.load(gates + slot * L + L - 1)
-        value = value * tl.exp(last - gate)[:, None] + _load(dv + slot * L * V, 0, L, V, v0, V).to(tl.float32)
+        value *= (tl.exp(last - gate) * _load_norm(k_norm, row0, rows, H, NORMALISE))[:, None]
+        value += _load(dv + slot * L * V, 0, L, V, v0, V).to(tl.float32)
         _store(dv_new + slot * L * V, value, 0, L, V, v0, V)
-        value = value.to(k.dtype.element_ty)
+        growth = tl.exp(gate) * scale * _load_norm(q_norm, row0, rows, H, NORMALISE)
         grad = _load(d_o + h * V, row0, rows, HV * V, v0, V).to(tl.float32)
-        grad = (grad * (tl.exp(gate) * scale)[:, None]).to(k.dtype.element_ty)
+        grad = (grad * growth[:, None]).to(k.dtype.element_ty)
         total = tl.exp(last)
         s0 = s0 * total + _dot(tl.trans(_load(q, row0, rows, H * K, 0, K)), grad, PRECISION)
         s0 -= _dot(tl.trans(_load(w_at, 0, L, K, 0, K)), value, PRECISION)
@@ -372,8 +413,9 @@ def apply_backward_kernel(
 
 @triton.jit
 def pair_backward_kernel(
-    q, k, beta, d_o, v_new, du, gates, d_qk, d_kk, d_gates, d_factor, chunks, scale,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, q_norm, k_norm, beta, d_o, v_new, du, gates, d_qk, d_kk, d_gates, d_factor, chunks, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the two 64×64 products q kᵀ and k kᵀ, and what passes through them to G and β."""
     slot = tl.program_id(0).to(tl.int64)
@@ -402,7 +444,9 @@ def pair_backward_kernel(
         key = _load(k, row0, rows, H * K, k0, K)
         scores += _dot(_load(q, row0, rows, H * K, k0, K), tl.trans(key), PRECISION)
         overlap += _dot(key, tl.trans(key), PRECISION)
-    overlap *= d_lower
+    norm = _load_norm(k_norm + h // (HV // H), row0, rows, H, NORMALISE)
+    scores *= _load_norm(q_norm + h // (HV // H), row0, rows, H, NORMALISE)[:, None] * norm[None, :]
+    overlap *= d_lower * (norm[:, None] * norm[None, :])
     pair = tl.where(below, d_scores * scores, 0.0) + overlap * factor[:, None]
     tl.store(d_gates + slot * L + i, tl.sum(pair, 1) - tl.sum(pair, 0))
     tl.store(d_factor + slot * L + i, tl.sum(overlap, 1))
@@ -412,8 +456,9 @@ def pair_backward_kernel(
 
 @triton.jit
 def qk_backward_kernel(
-    q, k, beta, d_o, v_new, du, states, d_states, gates, d_qk, d_kk, dq, dk, parts, through, chunks, slots, scale,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, q_norm, k_norm, beta, d_o, v_new, du, states, d_states, gates, d_qk, d_kk, dq, dk, parts, through, chunks,
+    slots, scale, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and dk of 64 key columns, one value head ([B·T, HV, K]).
 
@@ -445,12 +490,14 @@ def qk_backward_kernel(
     factor = _load_column(beta + h, row0, rows, HV)
     query = _load(q + (h // (HV // H)) * K, row0, rows, H * K, k0, K)
     key = _load(k + (h // (HV // H)) * K, row0, rows, H * K, k0, K)
+    norm_q = _load_norm(q_norm + h // (HV // H), row0, rows, H, NORMALISE)
+    norm_k = _load_norm(k_norm + h // (HV // H), row0, rows, H, NORMALISE)
     from_q *= (tl.exp(gate) * scale)[:, None]
     from_w *= tl.exp(gate)[:, None]
     from_s *= tl.exp(last - gate)[:, None]
-    d_factor = tl.sum(from_w * key.to(tl.float32), 1)
-    ahead = tl.sum(from_q * query.to(tl.float32), 1) + d_factor * factor
-    behind = tl.sum(from_s * key.to(tl.float32), 1)
+    d_factor = tl.sum(from_w * key.to(tl.float32), 1) * norm_k
+    ahead = tl.sum(from_q * query.to(tl.float32), 1) * norm_q + d_factor * factor
+    behind = tl.sum(from_s * key.to(tl.float32), 1) * norm_k
     tile = tl.program_id(1).to(tl.int64)
     at = parts + (tile * 3 * slots + slot) * L + tl.arange(0, L)
     tl.store(at, ahead)
@@ -458,12 +505,12 @@ def qk_backward_kernel(
     tl.store(at + 2 * slots * L, d_factor)
     tl.store(through + tile * slots + slot, tl.sum(overlap, 0) * tl.exp(last))
     pair = _load(d_qk + slot * L * L, 0, L, L, 0, L)
-    from_q += _dot(pair, key, PRECISION)
+    from_q += _dot(_scaled(pair, norm_k), key, PRECISION)
     _store(dq + h * K, from_q, row0, rows, HV * K, k0, K)
-    from_s += from_w * factor[:, None] + _dot(tl.trans(pair), query, PRECISION)
-    pair = _load(d_kk + slot * L * L, 0, L, L, 0, L)
-    from_s += _dot(pair, key, PRECISION)
-    from_s += _dot(tl.trans(pair), key, PRECISION)
+    from_s += from_w * factor[:, None] + _dot(_scaled(tl.trans(pair), norm_q), query, PRECISION)
+    pair = _load(d_kk + slot * L * L, 0, L, L, 0, L).to(tl.float32)
+    pair = (pair + tl.trans(pair)).to(d_kk.dtype.element_ty)
+    from_s += _dot(_scaled(pair, norm_k), key, PRECISION)
     _store(dk + h * K, from_s, row0, rows, HV * K, k0, K)
 
 
