@@ -122,9 +122,12 @@ class Softmax(HeadsMixer):
         seen = (j <= i) if self.mask.kind != "bidirectional" else torch.ones_like(j <= i)
         if self.mask.kind == "window" and self.mask.window is not None:
             seen = seen & (i - j < self.mask.window)
-        if self.mask.kind == "chunked" and self.mask.window is not None:
-            seen = seen & (i // self.mask.window == j // self.mask.window)
         seen = seen[None, None]
+        if self.mask.kind == "chunked" and self.mask.window is not None:
+            # Chunks count from the first token that is no padding, as transformers' masks do.
+            first = 0 if valid is None else valid.int().argmax(1)[:, None, None, None]
+            size = self.mask.window
+            seen = seen & ((i - first).div(size, rounding_mode="floor") == (j - first).div(size, rounding_mode="floor"))
         if documents is not None:
             seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
         if valid is not None:
