@@ -21,11 +21,14 @@ from fla_swap.errors import TrainingError
 class RunFolder:
     """`run.json` (settings), `history.json` (losses); a folder per stage: checkpoints, then weights and `done.json`.
 
-    Raises TrainingError when the folder holds another run, or an unfinished one and `resume` is False.
+    Only the main process (`main`) checks and writes. Raises TrainingError when the folder holds another run, or an
+    unfinished one and `resume` is False.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any], *, resume: bool):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, settings: dict[str, Any], *, resume: bool, main: bool = True):
+        self.path, self.main = Path(path), main
+        if not main:
+            return
         settings = json.loads(json.dumps(settings))
         file = self.path / "run.json"
         if file.exists():
@@ -52,6 +55,8 @@ class RunFolder:
 
     def finish(self, name: str, model: nn.Module, record: dict[str, Any]) -> None:
         """Write a stage's final weights, mark it as done, and delete its checkpoints and the weights before it."""
+        if not self.main:
+            return
         folder = self.stage(name)
         partial = folder / f"{WEIGHTS}.partial"
         try:
@@ -78,7 +83,8 @@ class RunFolder:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
-        write_json(self.path / "history.json", history)
+        if self.main:
+            write_json(self.path / "history.json", history)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -109,12 +109,12 @@ class Run:
         self.teacher: Teacher | None = None
         self.result = DistillResult(model=model, history=[])
         self.folder: RunFolder | None = None
+        self.finished: dict[str, dict[str, Any]] = {}
 
     def go(self) -> DistillResult:
         self.model.to(self.device)  # type: ignore[call-overload]
         if self.config.output_dir is not None:
-            self.folder = RunFolder(self.config.output_dir, self.settings(), resume=self.config.resume)
-            self.result.history = self.folder.read_history()
+            self.open_folder(self.config.output_dir)
         with full_precision(self.model), unchanged_flags(self.model):
             self.make_teacher()
             try:
@@ -128,6 +128,19 @@ class Run:
                     self.progress.close()  # type: ignore[attr-defined]
         self.model.eval()
         return self.result
+
+    def open_folder(self, path: str | Path) -> None:
+        """Check the folder and read what it holds, in every process before any of them writes."""
+        from accelerate import PartialState
+
+        processes = PartialState(cpu=self.device.type == "cpu")
+        main = processes.is_main_process
+        self.folder = RunFolder(path, self.settings(), resume=self.config.resume, main=main)
+        processes.wait_for_everyone()
+        self.result.history = self.folder.read_history()
+        names = [CALIBRATE, *(self.config.stage_name(n) for n in range(len(self.config.stages)))]
+        self.finished = {name: facts for name in names if (facts := self.folder.finished(name)) is not None}
+        processes.wait_for_everyone()
 
     def settings(self) -> dict[str, Any]:
         mixers = {id(p) for _, layer in self.layers for p in layer.mixer.parameters()}
@@ -283,7 +296,7 @@ class Run:
 
     def taken_from_folder(self, name: str) -> bool:
         """Whether a stage was finished by an earlier run of this folder; if so, take over its weights and figures."""
-        facts = None if self.folder is None else self.folder.finished(name)
+        facts = self.finished.get(name)
         if self.folder is None or facts is None:
             return False
         self.folder.load(name, self.model)
