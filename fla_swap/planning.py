@@ -145,14 +145,20 @@ def plan_table(plan: SwapPlan) -> Table:
     table = Table(title=f"{len(plan.layers)} layers swapped, {len(plan.kept)} kept")
     for heading in ("layer", "module", "heads", "mask", "mixer"):
         table.add_column(heading, justify="right" if heading == "layer" else "left")
+    rows = {fqn: ("", fqn, "", "", "[dim]kept[/dim]") for fqn in plan.kept}
     for layer in plan.layers:
         site = layer.site
         heads = f"{site.heads}/{site.kv_heads} × {site.head_dim}"
         mask = site.mask.kind + (f" {site.mask.window}" if site.mask.window else "")
-        table.add_row(str(site.layer), site.fqn, heads, mask, layer.mixer)
-    for fqn in plan.kept:
-        table.add_row("", fqn, "", "", "[dim]kept[/dim]")
+        rows[site.fqn] = (str(site.layer), site.fqn, heads, mask, layer.mixer)
+    for fqn in sorted(rows, key=_by_number):
+        table.add_row(*rows[fqn])
     return table
+
+
+def _by_number(fqn: str) -> list[tuple[int, str]]:
+    """Sorts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in fqn.split(".")]
 
 
 def _sites_of_rules(
