@@ -232,7 +232,8 @@ def gla_fwd(
 ) -> tuple[Tensor, Tensor]:
     """The operator behind `gla` (equal head counts); the final state is empty unless asked for."""
     module = _implementation(implementation)
-    o, final_state = module.forward(q, k, v, g, gv, initial_state, cu_seqlens, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        o, final_state = module.forward(q, k, v, g, gv, initial_state, cu_seqlens, scale)
     return o, final_state if output_final_state else final_state.new_empty(0)
 
 
@@ -269,9 +270,10 @@ def gla_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `gla_fwd` with respect to q, k, v, g, gv and the initial state (empty where the input is None)."""
     module = _implementation(implementation)
-    dq, dk, dv, dg, dgv, dstate = module.backward(
-        q, k, v, g, gv, initial_state, cu_seqlens, out_grad, final_grad, scale
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, dg, dgv, dstate = module.backward(
+            q, k, v, g, gv, initial_state, cu_seqlens, out_grad, final_grad, scale
+        )
     empty = q.new_empty(0)
     return (
         dq,
@@ -345,7 +347,8 @@ def gla_step_op(
     implementation: str,
 ) -> Tensor:
     """The operator behind `gla_step` (equal head counts)."""
-    return _implementation(implementation).step(q, k, v, g, gv, state, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _implementation(implementation).step(q, k, v, g, gv, state, scale)
 
 
 @gla_step_op.register_fake

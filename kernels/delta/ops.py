@@ -215,17 +215,17 @@ def _forward_op(
     implementation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, final state, inverse, chunk-start states, v_new); what was not asked for, or is recomputed, is empty."""
-    if choose_implementation(implementation, q.device) == "triton":
-        from fla_swap.kernels.delta import triton_impl
+    inputs = (q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm)
+    with torch.autocast(q.device.type, enabled=False):
+        if choose_implementation(implementation, q.device) == "triton":
+            from fla_swap.kernels.delta import triton_impl
 
-        o, final, inverse = triton_impl.forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm)
-        states = v_new = inverse
-        keep_states = False
-    else:
-        o, final, inverse, states, v_new = torch_impl.forward(
-            q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm
-        )
-        keep_states = save
+            o, final, inverse = triton_impl.forward(*inputs)
+            states = v_new = inverse
+            keep_states = False
+        else:
+            o, final, inverse, states, v_new = torch_impl.forward(*inputs)
+            keep_states = save
     return (
         o,
         final if output_final_state else _nothing(final),
@@ -281,12 +281,13 @@ def _backward_op(
     inputs = (q, k, v, g, beta, initial_state, cu_seqlens)
     if not inverse.numel():  # a graph exported for inference is being trained: nothing was saved
         _, _, inverse, states, v_new = _forward_op(*inputs, scale, qk_l2norm, False, True, implementation)
-    if choose_implementation(implementation, q.device) == "triton":
-        from fla_swap.kernels.delta import triton_impl
+    with torch.autocast(q.device.type, enabled=False):
+        if choose_implementation(implementation, q.device) == "triton":
+            from fla_swap.kernels.delta import triton_impl
 
-        grads = triton_impl.backward(*inputs, inverse, d_o, d_final, scale, qk_l2norm)
-    else:
-        grads = torch_impl.backward(*inputs, inverse, states, v_new, d_o, d_final, scale, qk_l2norm)
+            grads = triton_impl.backward(*inputs, inverse, d_o, d_final, scale, qk_l2norm)
+        else:
+            grads = torch_impl.backward(*inputs, inverse, states, v_new, d_o, d_final, scale, qk_l2norm)
     d_q, d_k, d_v, d_g, d_beta, d_initial = grads
     return (
         d_q,
@@ -337,11 +338,12 @@ def _step_op(
     qk_l2norm: bool,
     implementation: str | None,
 ) -> Tensor:
-    if choose_implementation(implementation, q.device) == "triton":
-        from fla_swap.kernels.delta import triton_impl
+    with torch.autocast(q.device.type, enabled=False):
+        if choose_implementation(implementation, q.device) == "triton":
+            from fla_swap.kernels.delta import triton_impl
 
-        return triton_impl.step(q, k, v, g, beta, state, scale, qk_l2norm)
-    return torch_impl.step(q, k, v, g, beta, state, scale, qk_l2norm)
+            return triton_impl.step(q, k, v, g, beta, state, scale, qk_l2norm)
+        return torch_impl.step(q, k, v, g, beta, state, scale, qk_l2norm)
 
 
 @_step_op.register_fake

@@ -72,7 +72,8 @@ class Problem:
 
         Eight warps where a program holds many fp32 numbers: exact fp32 products, states of more than 128 keys.
         """
-        warps = 8 if self.dtype == torch.float32 or self.width > 128 else 4
+        exact = self.dtype == torch.float32 or kernel is kernels.inverse_kernel
+        warps = 8 if exact or self.width > 128 else 4
         self.launch(kernel, (programs, _tiles(columns)), warps, 1, **arguments)
 
 

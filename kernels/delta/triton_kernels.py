@@ -69,14 +69,15 @@ def _exact_dot(a, b):
     """fp32 products without tensor cores, 16 inner elements at a time: each thread holds whole rows of its operands."""
     a0, a1 = tl.split(tl.permute(tl.reshape(a, (L, 2, 32)), (0, 2, 1)))
     b0, b1 = tl.split(tl.permute(tl.reshape(b, (2, 32, L)), (1, 2, 0)))
-    return _exact_half(a0, b0) + _exact_half(a1, b1)
+    return _exact_half(a1, b1, _exact_half(a0, b0, tl.zeros((L, L), dtype=tl.float32)))
 
 
 @triton.jit
-def _exact_half(a, b):
+def _exact_half(a, b, total):
     a0, a1 = tl.split(tl.permute(tl.reshape(a, (L, 2, 16)), (0, 2, 1)))
     b0, b1 = tl.split(tl.permute(tl.reshape(b, (2, 16, L)), (1, 2, 0)))
-    return tl.dot(a0, b0, input_precision="ieee") + tl.dot(a1, b1, input_precision="ieee")
+    total = tl.dot(a0, b0, total, input_precision="ieee")
+    return tl.dot(a1, b1, total, input_precision="ieee")
 
 
 @triton.jit

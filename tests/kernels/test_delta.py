@@ -243,6 +243,23 @@ def round_to_nearest(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", truncate)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_changes_nothing(implementation):
+    """Forward, backward and step inside an autocast region equal those outside it, bit for bit."""
+    x = inputs(20, K=8, V=6)
+    options = {"qk_l2norm": True, "implementation": implementation}
+    expected = run(gated_delta_rule, x, **options)
+    step = {name: y[:, :1] for name, y in x.items() if name != "initial_state"}
+    states = [x["initial_state"].clone() for _ in range(2)]
+    o = gated_delta_rule_step(**step, state=states[0], **options)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = run(gated_delta_rule, x, **options)
+        assert torch.equal(gated_delta_rule_step(**step, state=states[1], **options), o)
+    assert torch.equal(*states)
+    for name, reference in expected.items():
+        assert torch.equal(got[name], reference), name
+
+
 def test_float64_is_exact():
     x = {name: y.double() for name, y in inputs(70).items()}
     check("torch", x, bars=(1e-14, 1e-14, 1e-13))
