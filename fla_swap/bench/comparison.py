@@ -73,6 +73,7 @@ class Settings:
     time_limit: float = 240.0
     workers: int = 4
     only: tuple[str, ...] = field(default_factory=tuple)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
 def shapes(device: str, quick: bool) -> tuple[Shape, ...]:
@@ -235,8 +236,8 @@ def run_case(name: str, case: Mapping[str, Any], settings: Settings) -> Iterator
             continue
         if shape.bounds and not accepts(case, "cu_seqlens"):
             continue
-        for dtype in (torch.float32, torch.bfloat16):
-            yield from compare(name, case, shape, dtype, settings)
+        for dtype in settings.dtypes:
+            yield from compare(name, case, shape, getattr(torch, dtype), settings)
 
 
 def _arguments(case: Mapping[str, Any]) -> set[str]:

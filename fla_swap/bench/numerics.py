@@ -4,8 +4,9 @@
 
 An error is RMS(reference − result) / RMS(reference); where the reference is exactly zero it is RMS(result). The bars
 stand in `comparison.BARS`. Prints a table, writes `numerics.json` (every comparison) and `numerics.md`; exit status 1
-when a bar is missed or an operator crashed. On a GPU every case runs in a process of its own, because a first fault
-poisons the process, and memory is filled with NaN before every call, so that reading what was never written shows.
+when a bar is missed or an operator crashed. On a GPU every case and dtype runs in a process of its own, because a first
+fault poisons the process (and most of the time goes into compiling, which runs in parallel so), and memory is filled
+with NaN before every call, so that reading what was never written shows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def run_in_process(name: str, settings: Settings) -> list[Row]:
             str(settings.seed),
         ]
         command += ["--case", name, "--rows", str(path)] + (["--quick"] if settings.quick else [])
+        for dtype in settings.dtypes:
+            command += ["--dtype", dtype]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=settings.time_limit)
             note = "" if done.returncode == 0 else _last_lines(done.stderr) or f"exit status {done.returncode}"
@@ -85,9 +88,10 @@ def run(settings: Settings, console: Console) -> list[Row]:
     names = settings.only or tuple(cases)
     rows: list[Row] = []
     if settings.device.startswith("cuda"):
+        parts = [(name, replace(settings, dtypes=(dtype,))) for name in names for dtype in settings.dtypes]
         with ThreadPoolExecutor(settings.workers) as pool:
-            for name, found in zip(names, pool.map(lambda n: run_in_process(n, settings), names), strict=True):
-                _progress(console, name, found)
+            for (name, part), found in zip(parts, pool.map(lambda p: run_in_process(*p), parts), strict=True):
+                _progress(console, f"{name} {part.dtypes[0]}", found)
                 rows += found
         return rows
     for name in names:
@@ -180,8 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few shapes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", action="append", default=[], help="only this case; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=Settings.dtypes, help="only this dtype; may be repeated")
     parser.add_argument("--time-limit", type=float, default=240.0, help="seconds for one case on a GPU")
-    parser.add_argument("--workers", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)))
+    parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 1) * 3 // 4)))
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     settings = Settings(
@@ -191,6 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         time_limit=options.time_limit,
         workers=options.workers,
         only=tuple(options.case),
+        dtypes=tuple(options.dtype or Settings.dtypes),
     )
     if options.rows:
         with options.rows.open("w") as file:
