@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--mixer", default="gated_deltanet", help="what replaces the attention")
     parser.add_argument("--data", default="stdlib", help="text to distil on: a file, a folder or a dataset id")
     parser.add_argument("--text", default="examples", help="text to fine-tune on: a file or a folder")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each of the three stages")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each of the three stages")
     parser.add_argument("--block-size", type=int, default=128, help="tokens a sequence")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step")
     parser.add_argument("--max-tokens", type=int, default=200_000, help="read no more text than this")
@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     fs.swap_(model, fs.plan(fs.inspect(model), mixer=args.mixer, keep="1/4"))
     common: dict[str, Any] = {"steps": args.steps, "batch_size": args.batch_size}
     stages = (
-        fs.StageConfig(kind="align", learning_rate=3e-3, **common),
-        fs.StageConfig(kind="distil", train="all", learning_rate=2e-3, rest_learning_rate=3e-4, **common),
+        fs.StageConfig(kind="align", learning_rate=5e-4, **common),
+        fs.StageConfig(kind="distil", train="all", learning_rate=2e-4, rest_learning_rate=5e-5, **common),
     )
     calibration = fs.CalibrationConfig(sequences=8)
     result = fs.distill(model, train, fs.DistillConfig(calibrate=calibration, stages=stages), eval_blocks=held_out)
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         silent: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "dataloader_pin_memory": False}
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(folder, learning_rate=1e-3, seed=0, **settings, **silent),
+            args=TrainingArguments(folder, learning_rate=3e-4, seed=0, **settings, **silent),
             train_dataset=rows,  # type: ignore[arg-type]
         )
         trainer.train()
