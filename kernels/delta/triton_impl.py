@@ -64,6 +64,11 @@ class Problem:
             return "ieee"
         return "interpreted" if triton_interpreted() and self.chunks.device.type == "cpu" else "tf32"
 
+    @property
+    def step(self) -> int:
+        """Inner elements of a product at a time: exact ones run without tensor cores and hold them in registers."""
+        return 16 if self.dtype == torch.float32 else TILE
+
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.chunks.device)
 
@@ -167,6 +172,7 @@ def forward(
         o=o,
         chunks=p.chunks,
         scale=scale,
+        STEP=p.step,
         PRECISION=p.precision,
         **norms,
         **p.sizes,
@@ -303,7 +309,7 @@ def backward(
     d_gates, from_pair = torch.empty_like(gates), torch.empty_like(gates)
     shared: dict[str, Any] = {"q": q, "k": k, "beta": beta, "d_o": d_o, "v_new": v_new, "du": du, "gates": gates}
     shared |= {"d_qk": d_qk, "d_kk": d_kk, "chunks": p.chunks, "scale": scale}
-    shared |= {"PRECISION": p.precision, **norms, **p.sizes}
+    shared |= {"STEP": p.step, "PRECISION": p.precision, **norms, **p.sizes}
     p.run(kernels.pair_backward_kernel, p.slots, d_gates=d_gates, d_factor=from_pair, **shared)
 
     tiles = _tiles(p.width)

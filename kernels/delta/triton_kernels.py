@@ -27,6 +27,24 @@ def _load(x, row0, rows, stride, col0, width):
 
 
 @triton.jit
+def _load_wide(x, row0, rows, stride, col0, width, WIDTH: tl.constexpr):
+    """As `_load`, [64, WIDTH]."""
+    i = tl.arange(0, L)
+    d = col0 + tl.arange(0, WIDTH)
+    inside = (i < rows)[:, None] & (d < width)[None, :]
+    return tl.load(x + (row0 + i)[:, None] * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_rows(x, row0, rows, stride, col0, width, first, ROWS: tl.constexpr):
+    """As `_load`, the ROWS rows from row `first` of the tile: [ROWS, 64]."""
+    i = first + tl.arange(0, ROWS)
+    d = col0 + tl.arange(0, L)
+    inside = (i < rows)[:, None] & (d < width)[None, :]
+    return tl.load(x + (row0 + i)[:, None] * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def _store(x, value, row0, rows, stride, col0, width):
     i = tl.arange(0, L)
     d = col0 + tl.arange(0, L)
@@ -50,11 +68,13 @@ def _decay(gates):
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
-    """a @ b in fp32; bf16 beside fp32 is widened.
+    """a @ b in fp32; bf16 beside fp32 is widened. Exact products of 64 inner elements are cut into slices of 16.
 
     "interpreted": Triton's interpreter cannot multiply bf16, so it gets the same values as fp32.
     """
-    if PRECISION == "ieee":
+    if PRECISION == "ieee" and a.shape[1] == 16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif PRECISION == "ieee":
         return _exact_dot(a.to(tl.float32), b.to(tl.float32))
     elif PRECISION == "interpreted":
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
@@ -87,6 +107,16 @@ def _load_norm(norm, row0, rows, stride, NORMALISE: tl.constexpr):
         return _load_column(norm, row0, rows, stride)
     else:
         return tl.full((L,), 1.0, tl.float32)
+
+
+@triton.jit
+def _load_slice(norm, row0, rows, stride, NORMALISE: tl.constexpr, COUNT: tl.constexpr):
+    """As `_load_norm`, for COUNT rows."""
+    i = tl.arange(0, COUNT)
+    if NORMALISE:
+        return tl.load(norm + (row0 + i) * stride, mask=i < rows, other=0.0).to(tl.float32)
+    else:
+        return tl.full((COUNT,), 1.0, tl.float32)
 
 
 @triton.jit
@@ -260,7 +290,7 @@ def state_kernel(
 def output_kernel(
     q, k, q_norm, k_norm, v_new, states, gates, o, chunks, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NORMALISE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o = scale (e^G q S + ((q kᵀ) ∘ decay) v_new), 64 value columns."""
     slot = tl.program_id(0).to(tl.int64)
@@ -273,10 +303,10 @@ def output_kernel(
     k += (h // (HV // H)) * K
     through = tl.zeros((L, L), dtype=tl.float32)
     scores = tl.zeros((L, L), dtype=tl.float32)
-    for k0 in range(0, K, L):
-        query = _load(q, row0, rows, H * K, k0, K)
-        key = _load(k, row0, rows, H * K, k0, K)
-        state = _load(states + slot * K * V, k0, K - k0, V, v0, V)
+    for k0 in range(0, K, STEP):
+        query = _load_wide(q, row0, rows, H * K, k0, K, STEP)
+        key = _load_wide(k, row0, rows, H * K, k0, K, STEP)
+        state = _load_rows(states + slot * K * V, 0, K, V, v0, V, k0, STEP)
         through += _dot(query, state, PRECISION)
         scores += _dot(query, tl.trans(key), PRECISION)
     norm = _load_norm(q_norm + h // (HV // H), row0, rows, H, NORMALISE)
@@ -416,7 +446,7 @@ def apply_backward_kernel(
 def pair_backward_kernel(
     q, k, q_norm, k_norm, beta, d_o, v_new, du, gates, d_qk, d_kk, d_gates, d_factor, chunks, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NORMALISE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the two 64×64 products q kᵀ and k kᵀ, and what passes through them to G and β."""
     slot = tl.program_id(0).to(tl.int64)
@@ -428,11 +458,11 @@ def pair_backward_kernel(
     k += (h // (HV // H)) * K
     d_scores = tl.zeros((L, L), dtype=tl.float32)
     d_lower = tl.zeros((L, L), dtype=tl.float32)
-    for v0 in range(0, V, L):
-        value = tl.trans(_load(v_new + slot * L * V, 0, L, V, v0, V))
-        grad = _load(d_o + h * V, row0, rows, HV * V, v0, V)
+    for v0 in range(0, V, STEP):
+        value = tl.trans(_load_wide(v_new + slot * L * V, 0, L, V, v0, V, STEP))
+        grad = _load_wide(d_o + h * V, row0, rows, HV * V, v0, V, STEP)
         d_scores += _dot(grad, value, PRECISION)
-        d_lower -= _dot(_load(du + slot * L * V, 0, L, V, v0, V), value, PRECISION)
+        d_lower -= _dot(_load_wide(du + slot * L * V, 0, L, V, v0, V, STEP), value, PRECISION)
     decay = _decay(_load_column(gates, slot * L, L, 1))
     i = tl.arange(0, L)
     below = i[:, None] > i[None, :]
@@ -441,9 +471,9 @@ def pair_backward_kernel(
     d_lower = tl.where(below, d_lower * decay, 0.0)
     scores = tl.zeros((L, L), dtype=tl.float32)
     overlap = tl.zeros((L, L), dtype=tl.float32)
-    for k0 in range(0, K, L):
-        key = _load(k, row0, rows, H * K, k0, K)
-        scores += _dot(_load(q, row0, rows, H * K, k0, K), tl.trans(key), PRECISION)
+    for k0 in range(0, K, STEP):
+        key = _load_wide(k, row0, rows, H * K, k0, K, STEP)
+        scores += _dot(_load_wide(q, row0, rows, H * K, k0, K, STEP), tl.trans(key), PRECISION)
         overlap += _dot(key, tl.trans(key), PRECISION)
     norm = _load_norm(k_norm + h // (HV // H), row0, rows, H, NORMALISE)
     scores *= _load_norm(q_norm + h // (HV // H), row0, rows, H, NORMALISE)[:, None] * norm[None, :]
@@ -459,7 +489,7 @@ def pair_backward_kernel(
 def qk_backward_kernel(
     q, k, q_norm, k_norm, beta, d_o, v_new, du, states, d_states, gates, d_qk, d_kk, dq, dk, parts, through, chunks,
     slots, scale, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NORMALISE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and dk of 64 key columns, one value head ([B·T, HV, K]).
 
@@ -476,15 +506,15 @@ def qk_backward_kernel(
     from_w = tl.zeros((L, L), dtype=tl.float32)
     from_s = tl.zeros((L, L), dtype=tl.float32)
     overlap = tl.zeros((L,), dtype=tl.float32)
-    for v0 in range(0, V, L):
-        state = _load(states + slot * K * V, k0, K - k0, V, v0, V)
-        d_state = _load(d_states + slot * K * V, k0, K - k0, V, v0, V)
+    for v0 in range(0, V, STEP):
+        state = _load_wide(states + slot * K * V, k0, K - k0, V, v0, V, STEP)
+        d_state = _load_wide(d_states + slot * K * V, k0, K - k0, V, v0, V, STEP)
         overlap += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
-        grad = _load(d_o + h * V, row0, rows, HV * V, v0, V)
+        grad = _load_wide(d_o + h * V, row0, rows, HV * V, v0, V, STEP)
         from_q += _dot(grad, tl.trans(state), PRECISION)
-        grad = _load(du + slot * L * V, 0, L, V, v0, V)
+        grad = _load_wide(du + slot * L * V, 0, L, V, v0, V, STEP)
         from_w -= _dot(grad, tl.trans(state), PRECISION)
-        value = _load(v_new + slot * L * V, 0, L, V, v0, V)
+        value = _load_wide(v_new + slot * L * V, 0, L, V, v0, V, STEP)
         from_s += _dot(value, tl.trans(d_state), PRECISION)
     gate = _load_column(gates, slot * L, L, 1)
     last = tl.load(gates + slot * L + L - 1)
@@ -505,13 +535,23 @@ def qk_backward_kernel(
     tl.store(at + slots * L, behind)
     tl.store(at + 2 * slots * L, d_factor)
     tl.store(through + tile * slots + slot, tl.sum(overlap, 0) * tl.exp(last))
-    pair = _load(d_qk + slot * L * L, 0, L, L, 0, L)
-    from_q += _dot(_scaled(pair, norm_k), key, PRECISION)
+    from_s += from_w * factor[:, None]
+    at_q, at_k = d_qk + slot * L * L, d_kk + slot * L * L
+    q += (h // (HV // H)) * K
+    k += (h // (HV // H)) * K
+    for j0 in range(0, L, STEP):
+        left = rows - j0
+        inner_q = _load_slice(q_norm + h // (HV // H), row0 + j0, left, H, NORMALISE, STEP)
+        inner_k = _load_slice(k_norm + h // (HV // H), row0 + j0, left, H, NORMALISE, STEP)
+        part = _load_rows(k, row0, rows, H * K, k0, K, j0, STEP)
+        pair = _load_wide(at_q, 0, L, L, j0, L, STEP)
+        from_q += _dot(_scaled(pair, inner_k), part, PRECISION)
+        pair = tl.trans(_load_rows(at_q, 0, L, L, 0, L, j0, STEP))
+        from_s += _dot(_scaled(pair, inner_q), _load_rows(q, row0, rows, H * K, k0, K, j0, STEP), PRECISION)
+        pair = _load_wide(at_k, 0, L, L, j0, L, STEP).to(tl.float32)
+        pair += tl.trans(_load_rows(at_k, 0, L, L, 0, L, j0, STEP)).to(tl.float32)
+        from_s += _dot(_scaled(pair, inner_k).to(part.dtype), part, PRECISION)
     _store(dq + h * K, from_q, row0, rows, HV * K, k0, K)
-    from_s += from_w * factor[:, None] + _dot(_scaled(tl.trans(pair), norm_q), query, PRECISION)
-    pair = _load(d_kk + slot * L * L, 0, L, L, 0, L).to(tl.float32)
-    pair = (pair + tl.trans(pair)).to(d_kk.dtype.element_ty)
-    from_s += _dot(_scaled(pair, norm_k), key, PRECISION)
     _store(dk + h * K, from_s, row0, rows, HV * K, k0, K)
 
 
