@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from fla_swap.errors import FlaSwapError
 
@@ -164,13 +168,12 @@ def distill_command(
 ) -> None:
     """Train a converted model further, by KL against its original (long context: a larger --block-size)."""
     from fla_swap.checkpoint import load, save
-    from fla_swap.conversion import TRAINING, check_output, load_tokenizer
+    from fla_swap.conversion import TRAINING, check_output, check_vocabulary, find_device, load_tokenizer, make_room
     from fla_swap.distillation import DistillConfig, StageConfig, distill
     from fla_swap.distillation.data import load_blocks
 
     check_output(out_dir, resume=resume, overwrite=overwrite)
-    tokenizer = load_tokenizer(model)
-    blocks = load_blocks(data, tokenizer, block_size, split="train", limit_tokens=max_tokens)
+    find_device(device)
     stage = StageConfig(
         kind="distil",
         minutes=minutes,
@@ -187,8 +190,13 @@ def distill_command(
         seed=seed,
         device=device,
     )
-    student = load(model)
-    result = distill(student, blocks, config, teacher=load(teacher), progress=progress_bar())
+    student, tokenizer = load(model), load_tokenizer(model)
+    blocks = load_blocks(data, tokenizer, block_size, split="train", limit_tokens=max_tokens).blocks
+    check_vocabulary(student, tokenizer, blocks, model)
+    original = load(teacher)
+    make_room(out_dir, student, resume=resume, overwrite=overwrite)
+    with resumable(out_dir), closing(progress_bar()) as bar:
+        result = distill(student, blocks, config, teacher=original, progress=bar)
     save(student, out_dir, tokenizer=tokenizer, overwrite=overwrite)
     remove(out_dir / TRAINING)
     err.print(f"{result.tokens:,} tokens; saved to {out_dir}")
@@ -212,10 +220,9 @@ def generate_command(
 
     from fla_swap.checkpoint import load
     from fla_swap.compilation import compile as compile_model
-    from fla_swap.conversion import load_tokenizer, pick_dtype
-    from fla_swap.distillation.run import pick_device
+    from fla_swap.conversion import find_device, load_tokenizer, pick_dtype
 
-    where = pick_device(device)
+    where = find_device(device)
     loaded: Any = load(model, dtype=pick_dtype(dtype, where), device=where).eval()
     tokenizer = load_tokenizer(model)
     torch.manual_seed(seed)
@@ -251,17 +258,14 @@ def run_conversion(model: str, folder: Path, config: Any, *, resume: bool, overw
     from fla_swap.planning import plan_table
     from fla_swap.reporting import report_table
 
-    bar = progress_bar()
-    listener = Listener(
-        say=err.print,
-        found=lambda report: err.print(report_table(report)),
-        planned=lambda chosen: err.print(plan_table(chosen)),
-        progress=bar,
-    )
-    try:
+    with resumable(folder), closing(progress_bar()) as bar:
+        listener = Listener(
+            say=err.print,
+            found=lambda report: err.print(report_table(report)),
+            planned=lambda chosen: err.print(plan_table(chosen)),
+            progress=bar,
+        )
         facts = convert(model, folder, config, resume=resume, overwrite=overwrite, listener=listener)
-    finally:
-        bar.close()
     if as_json:
         sys.stdout.write(json.dumps(facts) + "\n")
         return
@@ -281,6 +285,19 @@ def progress_bar() -> Any:
     from fla_swap.distillation import BarProgress, LogProgress
 
     return BarProgress(err) if err.is_terminal else LogProgress()
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """When what is inside stops with something to go on from, say how."""
+    from fla_swap.conversion import TRAINING
+
+    try:
+        yield
+    except (FlaSwapError, KeyboardInterrupt):
+        if (folder / TRAINING / "run.json").exists():
+            err.print(f"what was trained so far is in {folder / TRAINING}; the same command with --resume continues it")
+        raise
 
 
 def read_options(text: str) -> dict[str, Any]:
@@ -321,9 +338,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fla_swap").setLevel(logging.INFO)
     logging.getLogger("torchao").setLevel(logging.ERROR)
+    disable_progress_bar()
     try:
         app()
     except FlaSwapError as error:
-        err.print(f"[bold red]error:[/bold red] {type(error).__name__}: ", end="")
-        err.print(str(error), markup=False, highlight=False)
+        err.print(
+            f"[bold red]error:[/bold red] {type(error).__name__}: {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(1)

@@ -27,7 +27,8 @@ from fla_swap.distillation import CalibrationConfig, DistillConfig, DistillResul
 from fla_swap.distillation.data import load_blocks
 from fla_swap.distillation.run import pick_device
 from fla_swap.distillation.selection import Selection, select_layers
-from fla_swap.errors import CheckpointError, DataError
+from fla_swap.errors import CheckpointError, ConfigError, DataError
+from fla_swap.hybrid import refuse_other_model
 from fla_swap.inspection import inspect
 from fla_swap.planning import Keep, plan
 from fla_swap.swapping import swap_
@@ -36,6 +37,9 @@ from fla_swap.types import AttentionReport, SwapPlan
 REPORT, PLOT, TRAINING = "report.json", "report.png", "training"
 STARTS = ("calibrated", "naive")
 SELECTORS = ("greedy", "leave_one_out", "uniform")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HELD_OUT_BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,12 +79,17 @@ class ConvertConfig:
     compile: bool = True
 
     def __post_init__(self) -> None:
-        if self.start not in STARTS:
-            raise ValueError(f"start is {self.start!r}; it must be one of {list(STARTS)}")
-        if self.select not in SELECTORS:
-            raise ValueError(f"select is {self.select!r}; it must be one of {list(SELECTORS)}")
-        if self.minutes <= 0:
-            raise ValueError(f"minutes is {self.minutes}; it must be positive")
+        check_choice("start", self.start, STARTS)
+        check_choice("select", self.select, SELECTORS)
+        check_choice("device", self.device, DEVICES)
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        if not self.minutes > 0:
+            raise ConfigError(f"minutes is {self.minutes}; it must be positive")
+        least = {"block_size": 2, "batch_size": 1, "max_tokens": 2, "eval_tokens": 1, "new_tokens": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ConfigError(f"{name} is {value}; it must be at least {bound}")
 
 
 @dataclass(kw_only=True)
@@ -122,7 +131,7 @@ class Conversion:
 
     def __init__(self, name: str, out: Path, config: ConvertConfig, listener: Listener):
         self.name, self.out, self.config, self.listener = name, out, config, listener
-        self.device = pick_device(config.device)
+        self.device = find_device(config.device)
         self.seconds: dict[str, float] = {}
         self.selection: Selection | None = None
         self.clock = time.monotonic()
@@ -131,7 +140,7 @@ class Conversion:
         check_output(self.out, resume=resume, overwrite=overwrite)
         torch.manual_seed(self.config.seed)
         model, tokenizer = self.load()
-        train, held_out = self.text(tokenizer)
+        train, held_out = self.text(model, tokenizer)
         report = inspect(model)
         self.listener.found(report)
         self.lap("inspect")
@@ -139,6 +148,7 @@ class Conversion:
         self.listener.planned(chosen)
         texts = {"prompt": self.config.prompt, "teacher": self.generate(model, tokenizer)}
         swap_(model, chosen)
+        make_room(self.out, model, resume=resume, overwrite=overwrite)
         result = self.distil(model, train, held_out, resume)
         losses = dict(result.losses)
         self.clear_training(model, tokenizer, overwrite)
@@ -167,13 +177,16 @@ class Conversion:
         self.lap("load")
         return model, tokenizer
 
-    def text(self, tokenizer: Any) -> tuple[Tensor, Tensor]:
-        """Training and held-out token blocks."""
-        size = self.config.block_size or (256 if self.device.type == "cpu" else 512)
+    def text(self, model: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
+        """Training and held-out token blocks, no longer than the model's positions unless `block_size` says so."""
+        longest = getattr(model.config, "max_position_embeddings", None) or HELD_OUT_BLOCK
+        size = self.config.block_size or min(longest, 256 if self.device.type == "cpu" else 512)
         limit = self.config.max_tokens
         train = load_blocks(self.config.data, tokenizer, size, split="train", limit_tokens=limit).blocks
         train = train[torch.randperm(train.shape[0], generator=torch.Generator().manual_seed(self.config.seed))]
-        held_out = held_out_blocks(self.config.data, tokenizer, 512, self.config.eval_tokens)
+        measured = min(longest, HELD_OUT_BLOCK, self.config.block_size or HELD_OUT_BLOCK)
+        held_out = held_out_blocks(self.config.data, tokenizer, measured, self.config.eval_tokens)
+        check_vocabulary(model, tokenizer, torch.cat((train.flatten(), held_out.flatten())), self.name)
         self.listener.say(f"{self.config.data}: {train.numel():,} training tokens, {held_out.numel():,} held out")
         self.lap("text")
         return train, held_out
@@ -280,28 +293,53 @@ def recipe(minutes: float, device: torch.device, batch_size: int | None = None) 
 
 
 def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse, before any work, a folder that holds something else; make room when it may be replaced."""
+    """Refuse, before any work, a folder that holds something else. Nothing is removed."""
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file, not a folder")
-    training = out / TRAINING
-    if resume:
+    interrupted = (out / TRAINING).exists()
+    if resume and not interrupted and (out / "config.json").exists():
+        raise CheckpointError(f"{out} holds a finished model and no interrupted run: there is nothing to resume")
+    if resume or overwrite:
         return
-    if overwrite:
-        shutil.rmtree(training, ignore_errors=True)
-        return
-    if training.exists():
+    if interrupted:
         raise CheckpointError(f"{out} holds an interrupted conversion: --resume continues it, --overwrite starts again")
     if (out / "config.json").exists():
         raise CheckpointError(f"{out} holds a model already: choose another folder, or replace it with --overwrite")
 
 
+def make_room(out: Path, model: Any, *, resume: bool, overwrite: bool) -> None:
+    """Right before training: its result may be saved in `out`; an interrupted run that is not resumed goes now."""
+    if not overwrite:
+        refuse_other_model(out, model.config)
+    elif not resume:
+        shutil.rmtree(out / TRAINING, ignore_errors=True)
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype that a name means; None is the model's own."""
-    dtypes = {"auto": torch.float32 if device.type == "cpu" else None}
-    dtypes |= {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise ValueError(f"dtype is {name!r}; it must be one of {list(dtypes)}")
-    return dtypes[name]
+    check_choice("dtype", name, tuple(DTYPES))
+    return torch.float32 if name == "auto" and device.type == "cpu" else DTYPES[name]
+
+
+def find_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here."""
+    check_choice("device", name, DEVICES)
+    return pick_device(name)
+
+
+def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{setting} is {value!r}; it must be one of {list(choices)}")
+
+
+def check_vocabulary(model: Any, tokenizer: Any, tokens: Tensor, name: str) -> None:
+    """Refuse a tokenizer that is not this model's."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= rows:
+        raise DataError(
+            f"{name}: its tokenizer ({len(tokenizer)} entries) gives token {int(tokens.max())}, but the model has "
+            f"{rows} embeddings: the folder holds another model's tokenizer"
+        )
 
 
 def held_out_blocks(data: str, tokenizer: Any, block_size: int, tokens: int) -> Tensor:
@@ -315,7 +353,7 @@ def held_out_blocks(data: str, tokenizer: Any, block_size: int, tokens: int) -> 
 
 def held_out_of(name: str, data: str, block_size: int, tokens: int, device: str, dtype: str) -> float:
     """Held-out loss of a saved model, in nats a token."""
-    where = pick_device(device)
+    where = find_device(device)
     model = load(name, dtype=pick_dtype(dtype, where), device=where).eval()
     return held_out_loss(model, held_out_blocks(data, load_tokenizer(name), block_size, tokens))
 
@@ -323,8 +361,9 @@ def held_out_of(name: str, data: str, block_size: int, tokens: int, device: str,
 def load_tokenizer(name: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name} has no tokenizer that loads ({error})") from error
+    except Exception as error:  # a different class for each kind of damage, plain Exception among them
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"{name} has no tokenizer that loads ({reason}); save one into the folder") from error
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -342,5 +381,8 @@ def write_report(out: Path, facts: dict[str, Any]) -> None:
     """`report.json` and `report.png`."""
     from fla_swap.plotting import plot_report
 
-    (out / REPORT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    plot_report(facts, out / PLOT)
+    try:
+        (out / REPORT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        plot_report(facts, out / PLOT)
+    except OSError as error:
+        raise CheckpointError(f"the model is saved, but its report could not be written to {out} ({error})") from error

@@ -9,6 +9,10 @@ class FlaSwapError(Exception):
     """Base class: catch this to catch everything that fla_swap raises on purpose."""
 
 
+class ConfigError(FlaSwapError, ValueError):
+    """A setting has a value that it cannot have."""
+
+
 class CaptureError(FlaSwapError):
     """The model could not be exported to a graph."""
 
