@@ -33,7 +33,7 @@ def choose_implementation(requested: str | None, device: torch.device) -> str:
 
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter (`TRITON_INTERPRET=1`), where CPU tensors are allowed."""
-    import triton
+    import triton.knobs
 
     return bool(triton.knobs.runtime.interpret)
 

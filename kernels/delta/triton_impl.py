@@ -17,6 +17,7 @@ from torch import Tensor
 from fla_swap.kernels.common import chunk_table, triton_interpreted
 from fla_swap.kernels.delta import triton_kernels as kernels
 from fla_swap.kernels.delta.torch_impl import CHUNK, chunk_count
+from fla_swap.kernels.delta.triton_step import step_kernel
 
 TILE = 64
 Launch = Callable[..., None]
@@ -445,7 +446,7 @@ def step(
     o = torch.empty_like(v)
     block = 32
     launch(
-        kernels.step_kernel,
+        step_kernel,
         (batch * value_heads, (value_width + block - 1) // block),
         4,
         1,

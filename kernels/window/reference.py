@@ -129,6 +129,10 @@ def _make(device: torch.device | str, dtype: torch.dtype, T: int, H: int, D: int
 
 
 NUMERICS_CASES: tuple[dict[str, Any], ...] = tuple(
-    {"op": window_attention, "reference": window_attention_reference, "make": _make, "kwargs": kwargs}
-    for kwargs in ({"window": 100}, {"window": None, "output_final_state": False}, {"window": 100, "softcap": 5.0})
+    {"name": name, "op": window_attention, "reference": window_attention_reference, "make": _make, "kwargs": kwargs}
+    for name, kwargs in (
+        ("window_attention(window=100)", {"window": 100}),
+        ("window_attention(window=None)", {"window": None, "output_final_state": False}),
+        ("window_attention(window=100, softcap=5.0)", {"window": 100, "softcap": 5.0}),
+    )
 )

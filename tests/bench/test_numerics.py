@@ -94,6 +94,21 @@ def test_a_missed_bar_gives_status_one(monkeypatch: pytest.MonkeyPatch, one_shap
     assert numerics.main(["--device", "cpu", "--quick", "--case", "gla"]) == 1
 
 
+def test_one_dtype_can_be_chosen(tmp_path: Path, one_shape: None) -> None:
+    options = ["--device", "cpu", "--case", "gla", "--dtype", "bfloat16", "--out", str(tmp_path)]
+    assert numerics.main(options) == 0
+    rows = json.loads((tmp_path / "numerics.json").read_text())["rows"]
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+
+
+def test_full_attention_is_not_asked_for_a_state(one_shape: None) -> None:
+    """window=None has no constant-size state: the case says so, and the comparison must follow."""
+    name = "window_attention(window=None)"
+    rows = list(comparison.run_case(name, comparison.load_cases()[name], CPU))
+    assert {row.quantity for row in rows} == {"output", "d q", "d k", "d v", "d sinks"}
+    assert all(row.passed for row in rows)
+
+
 def test_a_process_of_its_own_reports_a_crash_as_a_miss() -> None:
     (row,) = numerics.run_in_process("no such case", CPU)
     assert not row.passed and "KeyError" in row.note

@@ -1,8 +1,8 @@
 """Shipped Triton kernels compile for chips that are not here, within each chip's shared memory.
 
 Every `kernels/<name>/triton_impl.py` offers `configurations()`. The compiler runs in a process of its own: this one has
-Triton in interpreter mode. By default every kernel is compiled in its most demanding bf16 configuration, for one chip of
-each maker; `-m slow` compiles every configuration for every chip.
+Triton in interpreter mode. By default every kernel is compiled in its most demanding bf16 configuration, for one chip
+of each maker; `-m slow` compiles every configuration for every chip.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def test_triton_equals_the_float64_loop(time: int, gates: tuple[str, ...]) -> No
 
 @BOTH
 def test_head_width_over_one_block(implementation: str) -> None:
-    inputs = make(66, batch=1, key=100, value=72)
+    inputs = make(40, batch=1, key=100, value=72)
     assert_close(run(gla, inputs, implementation=implementation), exact(inputs))
 
 
@@ -105,6 +105,23 @@ def test_bf16_within_the_bars() -> None:
     assert got["state"].dtype == got["d g"].dtype == torch.float32
     assert_close(got, reference, bar=8e-3, gate=2e-2)
     assert error(got["o"], reference["o"]) <= 5e-3 and error(got["state"], reference["state"]) <= 5e-3
+
+
+@BOTH
+def test_autocast_changes_nothing(implementation: str) -> None:
+    """Forward, backward and step inside an autocast region equal those outside it, bit for bit."""
+    inputs = make(5, batch=1)
+    expected = run(gla, inputs, implementation=implementation)
+    plain = {name: x.detach() for name, x in inputs.items()}
+    states = [plain.pop("initial_state").clone()]
+    states.append(states[0].clone())
+    o = gla_step(**plain, state=states[0], implementation=implementation)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(gla, inputs, implementation=implementation)
+        assert torch.equal(gla_step(**plain, state=states[1], implementation=implementation), o)
+    assert torch.equal(*states)
+    for name, reference in expected.items():
+        assert torch.equal(got[name], reference), name
 
 
 @BOTH

@@ -65,6 +65,36 @@ def test_bfloat16(implementation):
     both(tensors, window=24, implementation=implementation, bound=0.005, gradient_bound=0.008)
 
 
+@pytest.mark.parametrize("implementation, seeds", [("torch", 6), ("triton", 1)])
+def test_sinks_gradient_in_bfloat16(implementation, seeds):
+    """A sum over all tokens whose terms nearly cancel: it must not come from the rounded output."""
+    for seed in range(seeds):
+        x = inputs(T=64, K=64, V=64, seed=seed, extras=("sinks",), dtype=torch.bfloat16)
+        weight = torch.randn(1, 64, 2, 64, generator=torch.Generator().manual_seed(seed + 50)).bfloat16()
+        found = []
+        for dtype, choice in ((torch.float64, "reference"), (torch.bfloat16, implementation)):
+            leaves = {name: t.to(dtype).requires_grad_() for name, t in x.items()}
+            o, _ = window_attention(**leaves, window=100, softcap=5.0, implementation=choice)
+            (gradient,) = torch.autograd.grad(o, leaves["sinks"], weight.to(dtype))
+            found.append(gradient)
+        reference, got = found
+        assert (got.double() - reference).norm() <= 0.008 * reference.norm()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_changes_nothing(implementation):
+    x = inputs(T=20, K=8, V=8, extras=("sinks",))
+    results = []
+    for enabled in (False, True):
+        leaves = {name: t.clone().requires_grad_() for name, t in x.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            o, _ = window_attention(**leaves, window=7, implementation=implementation)
+            o.backward(torch.ones_like(o))
+        results.append((o, *(t.grad for t in leaves.values())))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_full_causal_equals_sdpa():
     x = inputs(B=2, T=130, H=4, HK=2)
     q, k, v = (x[name].transpose(1, 2) for name in "qkv")
