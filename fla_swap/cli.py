@@ -26,7 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find a Transformer's attention, prove it, swap it, distil it, compile it, run it.",
 )
-out, err = Console(), Console(stderr=True)
+PIPED_WIDTH = 160
+"""Columns of a table that goes to a file or another program: module names must not be cut."""
+
+out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else PIPED_WIDTH)
 TEACHER = Path(__file__).resolve().parent.parent / "examples" / "teacher"
 PROMPT = 'def read_config(path, encoding=\'utf-8\'):\n    """Read'
 
