@@ -338,14 +338,14 @@ def show(table: Any, data: Any, as_json: bool) -> None:
 
 
 def main() -> None:
-    """The console script: runs the app, and turns our own errors into one line and exit status 1."""
+    """The console script: runs the app; our own errors, and files that cannot be used, are one line and status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fla_swap").setLevel(logging.INFO)
     logging.getLogger("torchao").setLevel(logging.ERROR)
     disable_progress_bar()
     try:
         app()
-    except FlaSwapError as error:
+    except (FlaSwapError, OSError) as error:
         err.print(
             f"[bold red]error:[/bold red] {type(error).__name__}: {escape(str(error))}", highlight=False, soft_wrap=True
         )

@@ -171,6 +171,9 @@ class Conversion:
 
     def load(self) -> tuple[nn.Module, Any]:
         model = load(self.name, dtype=pick_dtype(self.config.dtype, self.device), device=self.device).eval()
+        bad = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+        if bad:
+            raise CheckpointError(f"{self.name} has NaN or infinite weights in {bad[:3]} ({len(bad)} in all)")
         tokenizer = load_tokenizer(self.name)
         size = sum(p.numel() for p in model.parameters())
         self.listener.say(f"{self.name}: {size:,} parameters, {model.dtype}, on {self.device}")
