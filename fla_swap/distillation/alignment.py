@@ -16,6 +16,14 @@ from fla_swap.errors import TrainingError
 from fla_swap.swapping import original_attention, swapped_layers
 
 
+class _MixerCalled(Exception):
+    """A swapped layer arrived at its mixer; carries what it was going to be called with."""
+
+    def __init__(self, hidden: Tensor, kwargs: dict[str, Any]):
+        super().__init__()
+        self.hidden, self.kwargs = hidden, kwargs
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCall:
     """How one swapped layer was called in the original model, and what its original returned: `target` [B, T, D]."""
@@ -31,21 +39,21 @@ class LayerCall:
         return attention_output(self.module, self.module(*self.args, **self.kwargs))
 
     def mix_arguments(self) -> tuple[Tensor, dict[str, Any]]:
-        """The call in the mixer's own terms: hidden states and keyword arguments, read off a run without gradients."""
-        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        """The call in the mixer's own terms: hidden states and keyword arguments, read off a run that stops there."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append((args, dict(kwargs)))
+            raise _MixerCalled(args[0], dict(kwargs))
 
         mixer: Any = self.module.mixer
         handle = mixer.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             with torch.no_grad():
                 self.run()
+        except _MixerCalled as called:
+            return called.hidden, called.kwargs
         finally:
             handle.remove()
-        args, kwargs = seen[0]
-        return args[0], kwargs
+        raise TrainingError(f"{self.fqn}: the swapped layer does not call its mixer")
 
 
 def attention_output(module: Any, returned: Any) -> Tensor:

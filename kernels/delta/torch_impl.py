@@ -186,9 +186,29 @@ def forward(
 
 
 def _inverse(lower: Tensor) -> Tensor:
-    """(I + strictly lower part)⁻¹ by forward substitution; the diagonal and what is above it are not read."""
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    return torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True).contiguous()
+    """(I + strictly lower part)⁻¹ of [N, L, L], L a power of two; the diagonal and what is above it are not read.
+
+    By blocks that double: [[A, 0], [L, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ L A⁻¹, C⁻¹]]. As exact as forward substitution, and
+    batched products run several times faster here than LAPACK's small triangular solves.
+    """
+    lower = lower.contiguous()
+    count, length = lower.shape[0], lower.shape[-1]
+    inverse = torch.zeros_like(lower)
+    inverse.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    size = 1
+    while size < length:
+        pairs = length // (2 * size)
+
+        def block(matrix: Tensor, row: int, column: int, size: int = size, pairs: int = pairs) -> Tensor:
+            stride = (length * length, 2 * size * (length + 1), length, 1)
+            return matrix.as_strided((count, pairs, size, size), stride, row * length + column)
+
+        below = block(lower, size, 0).reshape(-1, size, size)
+        first = block(inverse, 0, 0).reshape(-1, size, size)
+        second = block(inverse, size, size).reshape(-1, size, size)
+        block(inverse, size, 0).copy_(torch.bmm(torch.bmm(second, below), first).neg_().view(count, pairs, size, size))
+        size *= 2
+    return inverse
 
 
 def _walk(w: Tensor, v_new: Tensor, x: Chunks, begin: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
