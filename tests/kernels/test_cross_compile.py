@@ -17,9 +17,10 @@ import pytest
 
 FOLDERS = sorted(path.parent.name for path in (Path(__file__).parents[2] / "kernels").glob("*/triton_impl.py"))
 
-# Folders whose kernels may not spill more than this many bytes a thread. On sm_90 decay spills nothing in bf16; exact
-# fp32 products (64×64×64 in plain multiply-adds) without a value gate cost up to 304.
-STACK_LIMITS = {"decay": 320}
+# Bytes a thread may spill on sm_90, by folder and whether the inputs are narrow (bf16). In bf16 nothing spills more than
+# 100 at widths up to 128 (the delta rule's state walks at 256: 560). fp32 products without tensor cores cost the decay
+# kernels up to 304; the delta rule's two state walks at width 128 spill kilobytes.
+STACK_LIMITS = {("decay", True): 32, ("decay", False): 320, ("delta", True): 600, ("window", True): 128}
 
 # Shared memory that one block may use, in bytes.
 LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -73,6 +74,7 @@ chosen = [configuration for folder in folders.split(",") for configuration in se
 for folder, name, kernel, signature, constexprs, num_warps, num_stages in chosen:
     for target in targets:
         row = {"folder": folder, "kernel": kernel.fn.__name__, "name": name, "target": target}
+        row["narrow"] = "*bf16" in signature.values()
         try:
             aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
             source = triton.compiler.ASTSource(kernel, signature, constexprs, aligned)
@@ -97,9 +99,10 @@ def check(rows: list[dict[str, object]]) -> None:
     assert rows, "configurations() yielded no kernel"
     wrong = []
     for row in rows:
+        limit = STACK_LIMITS.get((row["folder"], row["narrow"]), row.get("spilled"))
         if "error" in row:
             wrong.append(f"{row['name']} on {row['target']}: {row['error']}")
-        elif row["spilled"] > STACK_LIMITS.get(row["folder"], row["spilled"]):
+        elif row["target"] == "sm_90" and row["spilled"] > limit:
             wrong.append(f"{row['name']} on {row['target']}: {row['spilled']} bytes of registers spilled")
         elif row["shared"] > LIMITS[row["target"]]:
             wrong.append(f"{row['name']} on {row['target']}: {row['shared']} bytes of shared memory")
