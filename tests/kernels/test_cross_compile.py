@@ -17,10 +17,10 @@ import pytest
 
 FOLDERS = sorted(path.parent.name for path in (Path(__file__).parents[2] / "kernels").glob("*/triton_impl.py"))
 
-# Bytes a thread may spill on sm_90, by folder and whether the inputs are narrow (bf16). In bf16 nothing spills more than
-# 100 at widths up to 128 (the delta rule's state walks at 256: 560). fp32 products without tensor cores cost the decay
-# kernels up to 304; the delta rule's two state walks at width 128 spill kilobytes.
-STACK_LIMITS = {("decay", True): 32, ("decay", False): 320, ("delta", True): 600, ("window", True): 128}
+# Bytes a thread may spill on sm_90, by folder and whether the inputs are narrow (bf16). Most kernels spill nothing in
+# bf16; the most: 280 for window's key gradients with every option, 560 for the delta rule's state walk at width 256.
+# fp32 products without tensor cores cost the decay kernels up to 304; window 1,880, the delta rule's state walks 9,040.
+STACK_LIMITS = {("decay", True): 32, ("decay", False): 320, ("delta", True): 600, ("window", True): 300}
 
 # Shared memory that one block may use, in bytes.
 LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
