@@ -27,11 +27,11 @@ def llama(layers: int = 4, seed: int = 0, **options) -> LlamaForCausalLM:
     """A Llama of some 40 thousand random weights, large enough that attention is far from uniform."""
     torch.manual_seed(seed)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape["max_position_embeddings"] = 512
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     config = LlamaConfig(
         vocab_size=258,
         num_hidden_layers=layers,
-        max_position_embeddings=512,
         tie_word_embeddings=True,
         **{**shape, **ends, **options},
     )
