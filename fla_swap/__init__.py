@@ -1,27 +1,34 @@
 """fla_swap: find a Transformer's attention, prove it, swap it, distil it, compile it, run it.
 
-Importing it teaches transformers' Auto classes to load converted models. It neither loads Triton nor touches CUDA.
+Importing it teaches transformers' Auto classes to load converted models. It neither loads Triton nor touches CUDA; a
+public name is imported when it is first used, so that `fla-swap --help` and the shell's completion answer at once.
 """
 
 from __future__ import annotations
 
-from fla_swap import mixers, ops
-from fla_swap.checkpoint import load, save
-from fla_swap.compilation import compile
-from fla_swap.conversion import ConvertConfig, convert
-from fla_swap.distillation import (
-    CalibrationConfig,
-    DistillConfig,
-    StageConfig,
-    distill,
-    held_out_loss,
-    perplexity,
-)
-from fla_swap.errors import FlaSwapError
-from fla_swap.inspection import inspect
-from fla_swap.planning import Rule, load_plan, plan, save_plan
-from fla_swap.swapping import original_attention, restore_, swap_
-from fla_swap.types import AttentionReport, AttentionSite, NearMiss, SwapPlan
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fla_swap import registration as registration
+
+if TYPE_CHECKING:
+    from fla_swap import mixers, ops
+    from fla_swap.checkpoint import load, save
+    from fla_swap.compilation import compile
+    from fla_swap.conversion import ConvertConfig, convert
+    from fla_swap.distillation import (
+        CalibrationConfig,
+        DistillConfig,
+        StageConfig,
+        distill,
+        held_out_loss,
+        perplexity,
+    )
+    from fla_swap.errors import FlaSwapError
+    from fla_swap.inspection import inspect
+    from fla_swap.planning import Rule, load_plan, plan, save_plan
+    from fla_swap.swapping import original_attention, restore_, swap_
+    from fla_swap.types import AttentionReport, AttentionSite, NearMiss, SwapPlan
 
 __version__ = "0.1.0"
 
@@ -53,3 +60,37 @@ __all__ = [
     "save_plan",
     "swap_",
 ]
+
+# Where each public name comes from. A test compares this with the imports above, which type checkers read.
+_SOURCES = {
+    "checkpoint": ("load", "save"),
+    "compilation": ("compile",),
+    "conversion": ("ConvertConfig", "convert"),
+    "distillation": (
+        "CalibrationConfig",
+        "DistillConfig",
+        "StageConfig",
+        "distill",
+        "held_out_loss",
+        "perplexity",
+    ),
+    "errors": ("FlaSwapError",),
+    "inspection": ("inspect",),
+    "planning": ("Rule", "load_plan", "plan", "save_plan"),
+    "swapping": ("original_attention", "restore_", "swap_"),
+    "types": ("AttentionReport", "AttentionSite", "NearMiss", "SwapPlan"),
+}
+_SOURCE_OF = {name: module for module, names in _SOURCES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("mixers", "ops"):
+        return import_module(f"fla_swap.{name}")
+    if name not in _SOURCE_OF:
+        raise AttributeError(f"module 'fla_swap' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"fla_swap.{_SOURCE_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,5 @@
 """Save and load: swapped models through transformers' own `save_pretrained` and `AutoModelForCausalLM`, checked and
 without half-written folders through `save` and `load`.
-
-Importing this module (which `import fla_swap` does) teaches transformers' Auto classes the model type "fla_swap".
 """
 
 from __future__ import annotations
@@ -17,42 +15,36 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fla_swap.errors import CheckpointError, FlaSwapError
 from fla_swap.hybrid import MODEL_TYPE, HybridConfig, hybrid_config_class, hybrid_model_class, refuse_other_model
 from fla_swap.planning import plan_from_dict
+from fla_swap.registration import FlaSwapConfig as FlaSwapConfig  # saved models name it as part of this module
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
 
 
-class FlaSwapConfig(PreTrainedConfig):
-    """What `model_type: "fla_swap"` on disk leads to: `from_dict` returns the hybrid subclass of the base's config."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        described = config_dict.get("fla_swap")
-        if not isinstance(described, dict) or {"base_model_type", "base_architecture", "plan"} - set(described):
-            raise CheckpointError(
-                f'config.json says model_type "{MODEL_TYPE}", but its entry "fla_swap" is missing parts'
-            )
-        try:
-            plan_from_dict(described["plan"])
-            base = CONFIG_MAPPING[described["base_model_type"]]
-        except KeyError as error:
-            raise CheckpointError(
-                f"the model was swapped from a {described['base_model_type']!r}, which this transformers "
-                f"{transformers.__version__} does not know"
-            ) from error
-        except FlaSwapError as error:
-            raise CheckpointError(f"config.json: {error}") from error
-        config_class = hybrid_config_class(base)
-        _register(base, config_class, described["base_architecture"])
-        return config_class.from_dict(config_dict, **kwargs)
+def hybrid_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    """The config that a saved model's config.json describes; the Auto classes know its model from then on."""
+    described = config_dict.get("fla_swap")
+    if not isinstance(described, dict) or {"base_model_type", "base_architecture", "plan"} - set(described):
+        raise CheckpointError(f'config.json says model_type "{MODEL_TYPE}", but its entry "fla_swap" is missing parts')
+    try:
+        plan_from_dict(described["plan"])
+        base = CONFIG_MAPPING[described["base_model_type"]]
+    except KeyError as error:
+        raise CheckpointError(
+            f"the model was swapped from a {described['base_model_type']!r}, which this transformers "
+            f"{transformers.__version__} does not know"
+        ) from error
+    except FlaSwapError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+    config_class = hybrid_config_class(base)
+    _register(base, config_class, described["base_architecture"])
+    return config_class.from_dict(config_dict, **kwargs)
 
 
 class FlaSwapModel(AutoModelForCausalLM):
@@ -214,6 +206,3 @@ def _register(base: type[PreTrainedConfig], config_class: type[PreTrainedConfig]
         for model in found if isinstance(found, (tuple, list)) else (found,):
             if model.__name__ == architecture:
                 auto.register(config_class, hybrid_model_class(model, base), exist_ok=True)
-
-
-AutoConfig.register(MODEL_TYPE, FlaSwapConfig, exist_ok=True)

@@ -26,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find a Transformer's attention, prove it, swap it, distil it, compile it, run it.",
 )
+NOTES = (("torchao", "Failed to load "), ("torch.utils._pytree", "%s is an Enum subclass"))
+"""What libraries tell their own developers whenever they are imported, as (logger, start of the message)."""
+
 PIPED_WIDTH = 160
 """Columns of a table that goes to a file or another program: module names must not be cut."""
 
@@ -341,7 +344,8 @@ def main() -> None:
     """The console script: runs the app; our own errors, and files that cannot be used, are one line and status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fla_swap").setLevel(logging.INFO)
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    for name, start in NOTES:
+        logging.getLogger(name).addFilter(lambda record, start=start: not str(record.msg).startswith(start))
     disable_progress_bar()
     try:
         app()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,9 +103,29 @@ def test_inspect(places, capsys, monkeypatch):
     report = json.loads(ended.out)
     assert ended.status == 0 and len(report["sites"]) == 4 and report["near_misses"] == []
     assert all(site["proved"] and site["heads"] == 2 and site["mask"]["kind"] == "causal" for site in report["sites"])
-    assert ended.err == ""  # nothing but the answer: no bars, no notes of other libraries
     table = fla_swap(capsys, monkeypatch, "inspect", places / "teacher").out
     assert "model.layers.3.self_attn" in table
+
+
+def test_nothing_but_the_answer_is_printed(places):
+    """No bars and no notes of other libraries; seen from outside, since importing them is what prints."""
+    command = [sys.executable, "-c", "from fla_swap.cli import main; main()", "inspect", str(places / "teacher")]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "" and len(json.loads(done.stdout)["sites"]) == 4
+
+
+def test_a_warning_that_matters_is_not_hidden(places, tmp_path, capsys, monkeypatch, caplog):
+    fla_swap(capsys, monkeypatch, "plan", "--help")
+    logging.getLogger("torchao").warning("something else")
+    logging.getLogger("torchao").warning("Failed to load /a/library.so: it is for another chip")
+    assert caplog.messages == ["something else"]
+
+
+def test_help_answers_without_loading_models(capsys):
+    code = "import sys; from fla_swap.cli import app; app(['plan', '--help'], standalone_mode=False)\n"
+    code += "print([m for m in ('transformers.modeling_utils', 'torchao', 'triton') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "--keep" in done.stdout and done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_plan(places, tmp_path, capsys, monkeypatch):

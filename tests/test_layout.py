@@ -29,7 +29,7 @@ STAGES = (
 COMPOSERS = {
     "inspection": {"capture", "matching", "verification"},
     "distillation": {"swapping"},
-    "checkpoint": {"planning", "swapping"},
+    "checkpoint": {"planning", "swapping", "registration"},
 }
 
 
