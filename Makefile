@@ -4,7 +4,7 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 DEVICE  ?= auto
 OUT     ?= out/demo
-MINUTES ?= 3.5
+MINUTES ?= 2
 
 .PHONY: env demo test test-slow lint format clean
 

@@ -104,7 +104,7 @@ def convert_command(
     block_size: Annotated[int | None, typer.Option(help="Tokens a training sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Read no more training text than this.")] = 50_000_000,
-    eval_tokens: Annotated[int, typer.Option(help="Held-out tokens to measure.")] = 65_536,
+    eval_tokens: Annotated[int, typer.Option(help="Held-out tokens to measure.")] = 32_768,
     prompt: Prompt = "",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -143,7 +143,8 @@ def demo_command(
         "out/demo"
     ),
     model: Annotated[str, typer.Option(help="The model to convert.")] = str(TEACHER),
-    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 3.0,
+    data: Data = "stdlib",
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 2.0,
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -151,7 +152,7 @@ def demo_command(
     from fla_swap.conversion import ConvertConfig
 
     config = ConvertConfig(
-        mixer="gated_deltanet", keep="1/4", data="stdlib", minutes=minutes, device=device, prompt=PROMPT, seed=seed
+        mixer="gated_deltanet", keep="1/4", data=data, minutes=minutes, device=device, prompt=PROMPT, seed=seed
     )
     run_conversion(model, out_dir, config, resume=False, overwrite=True, as_json=False)
 
@@ -262,6 +263,7 @@ def eval_command(
 
 def run_conversion(model: str, folder: Path, config: Any, *, resume: bool, overwrite: bool, as_json: bool) -> None:
     from fla_swap.conversion import Listener, convert
+    from fla_swap.plotting import LABELS
     from fla_swap.planning import plan_table
     from fla_swap.reporting import report_table
 
@@ -279,7 +281,7 @@ def run_conversion(model: str, folder: Path, config: Any, *, resume: bool, overw
     table = Table("held-out text", "loss, nats a token", "perplexity", "Δ to teacher")
     for name, loss in facts["losses"].items():
         delta = loss - facts["losses"]["teacher"]
-        table.add_row(name, f"{loss:.4f}", f"{facts['perplexities'][name]:.3f}", f"{delta:+.4f}")
+        table.add_row(LABELS.get(name, name), f"{loss:.4f}", f"{facts['perplexities'][name]:.3f}", f"{delta:+.4f}")
     out.print(table)
     for name, text in facts["texts"].items():
         if text:

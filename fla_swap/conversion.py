@@ -155,15 +155,18 @@ class Conversion:
         reloaded = load(self.out, device=self.device)
         self.lap("save")
         check = self.check_reload(model, reloaded, held_out)
-        losses["student"] = list(losses.values())[-1]  # the reloaded model's logits are bitwise the trained one's
+        losses["student"] = list(losses.values())[-1]  # measured in float32; the reloaded model is bitwise the same
+        if reloaded.dtype != torch.float32:
+            losses["student"] = held_out_loss(reloaded, held_out)
         texts["student"] = self.generate(reloaded, tokenizer)
+        self.lap("check")
+        facts = write_report(self.out, self.facts(report, chosen, result, losses, check, texts))
         if self.config.compile and self.config.prompt:
             self.listener.say("compiling the forward and the decode step …")
             fast = compile_model(load(self.out, device=self.device))
             texts["student, compiled"] = self.generate(fast, tokenizer)
             self.lap("compile and generate")
-        facts = json.loads(json.dumps(self.facts(report, chosen, result, losses, check, texts)))
-        write_report(self.out, facts)
+            facts = write_report(self.out, self.facts(report, chosen, result, losses, check, texts))
         return facts
 
     # ---- the steps
@@ -283,7 +286,8 @@ class Conversion:
 
 def recipe(minutes: float, device: torch.device, batch_size: int | None = None) -> tuple[StageConfig, ...]:
     """The stages that share `minutes` of training: half aligns each layer, half distils the whole model."""
-    size = batch_size or (4 if device.type == "cpu" else 64)
+    cpu = device.type == "cpu"
+    size = batch_size or (4 if cpu else 64)
     return (
         StageConfig(kind="align", minutes=minutes / 2, batch_size=size, learning_rate=3e-3),
         StageConfig(
@@ -291,8 +295,8 @@ def recipe(minutes: float, device: torch.device, batch_size: int | None = None) 
             minutes=minutes / 2,
             batch_size=size,
             train="all",
-            learning_rate=5e-4,
-            rest_learning_rate=1e-4,
+            learning_rate=5e-4 if cpu else 1e-3,
+            rest_learning_rate=1e-4 if cpu else 3e-4,
             warmup=0.1,
         ),
     )
@@ -383,12 +387,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_report(out: Path, facts: dict[str, Any]) -> None:
-    """`report.json` and `report.png`."""
+def write_report(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write `report.json` and `report.png`; returns the facts as JSON has them."""
     from fla_swap.plotting import plot_report
 
-    try:
-        (out / REPORT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        plot_report(facts, out / PLOT)
-    except OSError as error:
-        raise CheckpointError(f"the model is saved, but its report could not be written to {out} ({error})") from error
+    text = json.dumps(facts, indent=1)
+    (out / REPORT).write_text(text + "\n", encoding="utf-8")
+    facts = json.loads(text)
+    plot_report(facts, out / PLOT)
+    return facts

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+LABELS = {"start": "as copied", "0-calibrate": "calibrated", "1-align": "aligned", "2-distil": "distilled"}
+
 
 def plot_report(facts: dict[str, Any], path: str | Path) -> None:
     """Draw what `fla_swap.conversion.convert` reports, as a PNG of three panels."""
@@ -34,7 +36,7 @@ def _training(axes: Any, history: list[dict[str, Any]]) -> None:
 
 
 def _held_out(axes: Any, perplexities: dict[str, float]) -> None:
-    names = list(perplexities)
+    names = [LABELS.get(name, name) for name in perplexities]
     bars = axes.bar(names, list(perplexities.values()), color="tab:blue")
     axes.bar_label(bars, fmt="%.4g")
     axes.set(title="held-out perplexity", yscale="log")
@@ -43,7 +45,7 @@ def _held_out(axes: Any, perplexities: dict[str, float]) -> None:
 
 def _layers(axes: Any, errors: dict[str, list[dict[str, Any]]]) -> None:
     for moment, layers in errors.items():
-        axes.plot([e["relative"] for e in layers], marker="o", label=moment)
+        axes.plot([e["relative"] for e in layers], marker="o", label=LABELS.get(moment, moment))
     axes.set(title="error of each swapped layer", xlabel="swapped layer", ylabel="‖y − y*‖ / ‖y*‖", ylim=(0, None))
     if errors:
         axes.legend()

@@ -37,6 +37,14 @@ class LayerCalibration:
     kept: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibrated:
+    """A calibration that was done already: its record, and the mixers' weights by fqn (as in their `state_dict`)."""
+
+    layers: tuple[LayerCalibration, ...]
+    weights: dict[str, dict[str, Tensor]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What a layer's original attention does: heads [S, T, H, V], output [S, T, D] without bias, distance and

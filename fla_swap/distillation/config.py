@@ -29,10 +29,10 @@ class CalibrationConfig:
     from the attention's entropy. `output_map`: also fit o_proj by ridge regression.
     """
 
-    sequences: int = 32
+    sequences: int = 16
     length: int = 256
-    half_lives: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0)
-    betas: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 0.95)
+    half_lives: tuple[float, ...] = (0.5, 1.0, 2.0, 8.0, 32.0, 128.0)
+    betas: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75)
     output_map: bool = True
 
     def __post_init__(self) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fla_swap.distillation.alignment import Alignment, Objective, layers_of
-from fla_swap.distillation.calibration import LayerCalibration, calibrate
-from fla_swap.distillation.config import DistillConfig, StageConfig
+from fla_swap.distillation.calibration import Calibrated, LayerCalibration, calibrate
+from fla_swap.distillation.config import CalibrationConfig, DistillConfig, StageConfig
 from fla_swap.distillation.contexts import checkpointed_gradients, full_precision, stopping_at_ctrl_c, unchanged_flags
 from fla_swap.distillation.data import TokenBlocks, load_blocks
 from fla_swap.distillation.evaluation import LayerError, as_blocks, held_out_loss, layer_errors
@@ -38,6 +38,7 @@ from fla_swap.swapping import original_attention, swapped_layers
 logger = logging.getLogger("fla_swap.distillation")
 CALIBRATE = "0-calibrate"
 DEFAULT_BLOCK = 512
+MEASURED_LAYERS = 8  # held-out blocks on which the layers' errors are measured
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,7 @@ def distill(
     callbacks: Sequence[TrainerCallback] = (),
     eval_blocks: Any = None,
     progress: Progress | None = None,
+    calibrated: Calibrated | None = None,
 ) -> DistillResult:
     """Train a swapped model (`swap_`) to behave as its original did. In place.
 
@@ -76,11 +78,13 @@ def distill(
         teacher: a frozen model with the same vocabulary; None is the original model itself.
         eval_blocks: held-out token blocks, to measure the loss and the layers' errors before and after every stage.
         progress: called with a `ProgressEvent` at every log; None shows a bar on a terminal and log lines elsewhere.
+        calibrated: what `select_layers` calibrated already, instead of calibrating once more.
     Raises:
         TrainingError: nothing is swapped, the loss is not finite, the disk is full, Ctrl-C (after saving), or
             `output_dir` holds another run. DataError: too little text.
     """
-    return Run(model, data, config or DistillConfig(), teacher, tokenizer, callbacks, eval_blocks, progress).go()
+    config = config or DistillConfig()
+    return Run(model, data, config, teacher, tokenizer, callbacks, eval_blocks, progress, calibrated).go()
 
 
 class Run:
@@ -96,6 +100,7 @@ class Run:
         callbacks: Sequence[TrainerCallback],
         eval_blocks: Any,
         progress: Progress | None,
+        calibrated: Calibrated | None = None,
     ):
         self.model, self.config, self.callbacks = model, config, callbacks
         self.layers = check_layers(model, config, teacher)
@@ -105,7 +110,7 @@ class Run:
         self.eval_blocks = None if eval_blocks is None else as_blocks(eval_blocks)
         self.progress = progress if progress is not None else default_progress()
         self.own_progress = progress is None
-        self.given_teacher = teacher
+        self.given_teacher, self.calibrated = teacher, calibrated
         self.teacher: Teacher | None = None
         self.result = DistillResult(model=model, history=[])
         self.folder: RunFolder | None = None
@@ -177,13 +182,19 @@ class Run:
             self.measure("start")
         if self.config.calibrate is not None:
             calibrating = time.monotonic()
-            self.result.calibration = calibrate(
-                self.model, self.blocks(self.config.calibrate.length), self.config.calibrate
-            )
+            self.result.calibration = self.calibrate(self.config.calibrate)
             self.result.seconds[name] = time.monotonic() - calibrating
             self.measure(name)
         logger.info("start: %.1f s", time.monotonic() - begin)
         self.record(name)
+
+    def calibrate(self, config: CalibrationConfig) -> list[LayerCalibration]:
+        if self.calibrated is None:
+            return calibrate(self.model, self.blocks(config.length), config)
+        for fqn, layer in self.layers:
+            layer.mixer.load_state_dict(self.calibrated.weights[fqn])
+        swapped = {fqn for fqn, _ in self.layers}
+        return [record for record in self.calibrated.layers if record.fqn in swapped]
 
     def stage(self, number: int, stage: StageConfig) -> None:
         name = self.config.stage_name(number)
@@ -278,7 +289,7 @@ class Run:
             return
         self.result.losses[moment] = held_out_loss(self.model, self.eval_blocks)
         if not getattr(self.model, "_rest_trained", False) and all(m.original is not None for _, m in self.layers):
-            self.result.errors[moment] = layer_errors(self.model, self.eval_blocks[:32])
+            self.result.errors[moment] = layer_errors(self.model, self.eval_blocks[:MEASURED_LAYERS])
 
     def record(self, name: str) -> None:
         if self.folder is None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fla_swap.distillation.calibration import calibrate
+from fla_swap.distillation.calibration import Calibrated, calibrate
 from fla_swap.distillation.config import CalibrationConfig
 from fla_swap.distillation.losses import CausalModel, kl_divergence
 from fla_swap.distillation.teacher import Teacher
@@ -34,12 +34,18 @@ class Selection:
     start: KL to the original, nats a token, with every layer of the plan swapped and calibrated.
     scores: layer number → KL with that one layer put back.
     steps: (layer number, KL) of the layers as they were chosen; each KL includes the layers before it.
+    calibrated: what calibration made of each mixer, for `distill(..., calibrated=…)`; it does not depend on the choice.
     """
 
     kept: tuple[int, ...]
     start: float
     scores: dict[int, float]
     steps: tuple[tuple[int, float], ...]
+    calibrated: Calibrated
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, as JSON data."""
+        return {name: getattr(self, name) for name in ("kept", "start", "scores", "steps")}
 
 
 @torch.no_grad()
@@ -71,13 +77,17 @@ def select_layers(
     rows = rows[:, : config.length].to(next(model.parameters()).device)
     swap_(model, plan)
     try:
-        calibrate(model, blocks, config)
-        return choose(Judge(model, rows), keep, method)
+        layers = calibrate(model, blocks, config)
+        weights = {
+            fqn: {name: tensor.clone() for name, tensor in module.mixer.state_dict().items()}
+            for fqn, module in swapped_layers(model)
+        }
+        return choose(Judge(model, rows), keep, method, Calibrated(layers=tuple(layers), weights=weights))
     finally:
         restore_(model)
 
 
-def choose(judge: Judge, keep: int, method: str) -> Selection:
+def choose(judge: Judge, keep: int, method: str, calibrated: Calibrated) -> Selection:
     """Put layers back one after the other."""
     start = judge.divergence(())
     scores = {layer: judge.divergence((layer,)) for layer in judge.layers}
@@ -95,7 +105,7 @@ def choose(judge: Judge, keep: int, method: str) -> Selection:
         else:
             round_scores = {layer: scores[layer] for layer in rest}
     kept = tuple(sorted(layer for layer, _ in chosen))
-    return Selection(kept=kept, start=start, scores=scores, steps=tuple(chosen))
+    return Selection(kept=kept, start=start, scores=scores, steps=tuple(chosen), calibrated=calibrated)
 
 
 class Judge:
