@@ -263,8 +263,8 @@ def eval_command(
 
 def run_conversion(model: str, folder: Path, config: Any, *, resume: bool, overwrite: bool, as_json: bool) -> None:
     from fla_swap.conversion import Listener, convert
-    from fla_swap.plotting import LABELS
     from fla_swap.planning import plan_table
+    from fla_swap.plotting import LABELS
     from fla_swap.reporting import report_table
 
     with resumable(folder), closing(progress_bar()) as bar:
@@ -356,3 +356,7 @@ def main() -> None:
             f"[bold red]error:[/bold red] {type(error).__name__}: {escape(str(error))}", highlight=False, soft_wrap=True
         )
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
