@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -102,13 +102,17 @@ def load(
     elif folder.exists() or str(name).startswith((".", "/", "~")):
         raise CheckpointError(f"{name} is no folder with a saved model")
     try:
+        if not folder.is_dir():
+            AutoConfig.from_pretrained(str(name))  # a name that does not exist fails here once, not file by file
         found: Any = AutoModelForCausalLM.from_pretrained(
             str(name), dtype=dtype if dtype is not None else "auto", output_loading_info=True
         )
     except FlaSwapError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{name} could not be loaded: {error}") from error
+        where = "" if folder.is_dir() else "it is no folder here, and from the hub: "
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{name} could not be loaded: {where}{reason}") from error
     model, info = found
     missing = sorted(info["missing_keys"])
     if missing:

@@ -342,10 +342,19 @@ def show(table: Any, data: Any, as_json: bool) -> None:
         out.print(table)
 
 
+class ConsoleHandler(logging.Handler):
+    """Log lines on the error console, above the progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """The console script: runs the app; our own errors, and files that cannot be used, are one line and status 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("fla_swap").setLevel(logging.INFO)
+    own = logging.getLogger("fla_swap")
+    own.setLevel(logging.INFO)
+    if not own.handlers:  # ours alone: a handler at the root would repeat what libraries print themselves
+        own.addHandler(ConsoleHandler())
     for name, start in NOTES:
         logging.getLogger(name).addFilter(lambda record, start=start: not str(record.msg).startswith(start))
     disable_progress_bar()

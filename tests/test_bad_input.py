@@ -126,6 +126,19 @@ class TestModels:
         ended = run("inspect", tmp_path / "absent")
         assert ended.status == 1 and "is no folder with a saved model" in ended.error
 
+    def test_a_name_that_neither_a_folder_nor_the_hub_has(self, run, monkeypatch):
+        asked = []
+
+        def offline(name, **options):
+            asked.append(name)
+            raise OSError("We couldn't connect to 'https://huggingface.co'.\nCheck your internet connection.")
+
+        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+        ended = run("inspect", "nowhere")
+        assert ended.status == 1 and asked == ["nowhere"]
+        assert "nowhere could not be loaded: it is no folder here, and from the hub: We couldn't connect" in ended.error
+        assert len(ended.err.splitlines()) == 1
+
     def test_a_folder_without_a_model(self, run, text):
         ended = run("inspect", text)
         assert ended.status == 1 and "holds no model: there is no config.json" in ended.error

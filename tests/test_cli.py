@@ -23,7 +23,7 @@ COMMANDS = {
     "plan": "model --mixer --options --keep --local --out --json",
     "convert": "model --out --data --mixer --options --keep --local --minutes --start --select --block-size "
     "--batch-size --max-tokens --eval-tokens --prompt --device --dtype --seed --resume --overwrite --json",
-    "demo": "--out --model --minutes --device --seed",
+    "demo": "--out --model --data --minutes --device --seed",
     "distill": "model --out --teacher --data --minutes --block-size --batch-size --learning-rate "
     "--rest-learning-rate --max-tokens --device --seed --resume --overwrite",
     "generate": "model --prompt --new-tokens --temperature --top-p --compile/--no-compile --device --dtype --seed",
