@@ -19,7 +19,8 @@ def plot_report(facts: dict[str, Any], path: str | Path) -> None:
     _training(training, facts["history"])
     _held_out(held_out, facts["perplexities"])
     _layers(layers, facts["layer_errors"])
-    figure.suptitle(f"{facts['model']} → {facts['config']['mixer']}, {facts['tokens']:,} training tokens")
+    name = Path(facts["model"]).name
+    figure.suptitle(f"{name} → {facts['config']['mixer']}, {facts['tokens']:,} training tokens")
     figure.savefig(str(path), dpi=110)
 
 
@@ -46,6 +47,7 @@ def _held_out(axes: Any, perplexities: dict[str, float]) -> None:
 def _layers(axes: Any, errors: dict[str, list[dict[str, Any]]]) -> None:
     for moment, layers in errors.items():
         axes.plot([e["relative"] for e in layers], marker="o", label=LABELS.get(moment, moment))
-    axes.set(title="error of each swapped layer", xlabel="swapped layer", ylabel="‖y − y*‖ / ‖y*‖", ylim=(0, None))
+    axes.set(title="error of each swapped layer", xlabel="layer, of those swapped", ylabel="‖y − y*‖ / ‖y*‖")
+    axes.set_ylim(bottom=0)
     if errors:
         axes.legend()

@@ -108,9 +108,12 @@ def backward(
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """−Σ p_sink · (o · do): a sink has a share of the denominator and no value. lse, delta [B, H, T]."""
-    share = (sinks.to(lse.dtype)[:, None] - lse).exp()
-    return -(share * delta).sum((0, 2))
+    """−Σ p_sink · (o · do): a sink has a share of the denominator and no value. lse, delta [B, H, T].
+
+    Summed in float64: the terms nearly cancel.
+    """
+    share = (sinks.double()[:, None] - lse.double()).exp()
+    return -(share * delta.double()).sum((0, 2)).to(lse.dtype)
 
 
 def step(
