@@ -20,10 +20,10 @@ demo: env
 	$(BIN)/fla-swap demo --device $(DEVICE) --minutes $(MINUTES) --out $(OUT)
 
 test: env
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-slow: env
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -n auto -m "slow and not gpu"
 
 lint: env
 	$(BIN)/ruff check .

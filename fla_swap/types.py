@@ -49,7 +49,8 @@ class Norm:
 class Rope:
     """Rotary embedding of the first `2 · len(inv_freq)` channels; `style` "half" (Llama) or "interleaved" (GPT-J).
 
-    Angles are `position · inv_freq` in radians; cos and sin are multiplied by `attention_scaling`. RoFormer, 2104.09864.
+    Angles are `position · inv_freq` in radians; cos and sin are multiplied by `attention_scaling`.
+    RoFormer, 2104.09864.
     """
 
     inv_freq: tuple[float, ...]
@@ -132,7 +133,7 @@ class AttentionSite:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NearMiss:
-    """An attention core that did not become a site: `slot` is the recogniser that failed, `progress` how many passed."""
+    """An attention core that is no site: `slot` names the recogniser that failed, `progress` how many passed."""
 
     fqn: str
     slot: str

@@ -1,4 +1,4 @@
-"""The design's import rule: dependencies point one way, and importing fla_swap neither loads Triton nor touches CUDA."""
+"""The import rule: dependencies point one way, and importing fla_swap neither loads Triton nor touches CUDA."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_importing_fla_swap_starts_neither_triton_nor_cuda():
 
 
 def test_transformers_still_sees_hugging_faces_kernels_package_from_the_repository_root():
-    """A top-level package named `kernels` would shadow it; ours must not be importable as one from an installed tree."""
+    """A top-level package named `kernels` would shadow it; ours must not be one."""
     code = (
         "import fla_swap, transformers\n"
         "from transformers.utils import is_kernels_available\n"

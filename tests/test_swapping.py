@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from sites import llama_like_site, prompts, report_of, tiny, toy_registered
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from fla_swap import inspect
 from fla_swap.errors import SwapError
@@ -18,6 +20,7 @@ from fla_swap.swapping import drop_originals, original_attention, restore_, swap
 from fla_swap.types import ArgPath, Projection, WeightRef
 
 FAMILIES = ("llama", "qwen3", "phi3", "gpt2", "mistral")
+TEACHER = Path(__file__).resolve().parent.parent / "examples" / "teacher"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,13 +47,22 @@ def test_softmax_in_every_layer_changes_nothing(family, attn):
     greedy = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask}
     before, padded = logits(model, ids), logits(model, ids, attention_mask=mask)
     text = model.generate(ids, **greedy)
-    report = inspect(model) if attn == "sdpa" else report_of(model)  # found, or stated by hand (faster)
-    swap_(model, plan(report, mixer="softmax", keep=0, local=True))
+    swap_(model, plan(inspect(model), mixer="softmax", keep=0, local=True))
     assert len(swapped_layers(model)) == 2
     assert (logits(model, ids) - before).abs().max() <= 1e-5
     assert (logits(model, ids, attention_mask=mask) - padded)[mask.bool()].abs().max() <= 1e-5
     assert torch.equal(model.generate(ids, **greedy), text)
     assert torch.equal(model.generate(ids, cache_implementation="static", **greedy), text)
+
+
+def test_softmax_in_every_layer_of_the_shipped_teacher_changes_nothing():
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    ids = torch.randint(0, model.config.vocab_size, (2, 96), generator=torch.Generator().manual_seed(0))
+    before, text = logits(model, ids), model.generate(ids[:, :16], max_new_tokens=16, do_sample=False)
+    swap_(model, plan(inspect(model), mixer="softmax", keep=0))
+    assert len(swapped_layers(model)) == 8
+    assert (logits(model, ids) - before).abs().max() <= 1e-5
+    assert torch.equal(model.generate(ids[:, :16], max_new_tokens=16, do_sample=False), text)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
