@@ -1,0 +1,91 @@
+"""On a GPU, where compilers have miscompiled gated kernels: packed batches, extreme gates, and very long sequences.
+
+`python -m pytest -m gpu`. The comparison over all shapes and dtypes is `python -m fla_swap.bench.numerics`.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fla_swap.kernels.decay.reference import gla_reference
+from fla_swap.kernels.delta.reference import gated_delta_rule_reference
+from fla_swap.ops import gated_delta_rule, gla, window_attention
+
+pytestmark = pytest.mark.gpu
+
+OPERATORS = {"gla": (gla, gla_reference), "gated_delta_rule": (gated_delta_rule, gated_delta_rule_reference)}
+
+
+def inputs(name, T, gates, dtype=torch.float32, B=1, H=2, D=64, seed=0):
+    """Random arguments on the GPU; every gate is drawn from `gates`."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    kwargs = {"device": "cuda", "generator": generator}
+    q, k, v = (torch.randn(B, T, H, D, **kwargs).to(dtype) for _ in range(3))
+    k = F.normalize(k.float(), dim=-1).to(dtype)
+    shape = (B, T, H, D) if name == "gla" else (B, T, H)
+    g = torch.tensor(gates, device="cuda")[torch.randint(len(gates), shape, **kwargs)]
+    if name == "gla":
+        return (q, k, v, g)
+    return (q, k, v, g, torch.rand(B, T, H, **kwargs))
+
+
+def error(got, wanted):
+    return float((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+def results(operator, arguments, **kwargs):
+    """Output, final state, and the gradients of a fixed function of both."""
+    leaves = [a.detach().requires_grad_() for a in arguments]
+    o, state = operator(*leaves, output_final_state=True, **kwargs)
+    total = (o.float() if o.dtype == torch.bfloat16 else o).square().sum() + state.square().sum()
+    return [o.detach(), state.detach(), *torch.autograd.grad(total, leaves)]
+
+
+@pytest.mark.parametrize("gates", [(0.0,), (-10.0,), (0.0, -10.0), (-0.01, -1.0, -10.0)], ids=str)
+@pytest.mark.parametrize("T", [1, 65, 257])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_extreme_gates(name, T, gates):
+    operator, reference = OPERATORS[name]
+    arguments = inputs(name, T, gates)
+    wanted = results(reference, [a.double() for a in arguments])
+    for got, right in zip(results(operator, arguments), wanted, strict=True):
+        assert torch.isfinite(got).all()
+        assert error(got, right) < 1e-4 or float((got.double() - right).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_packed_equals_separate(name, dtype):
+    operator, _ = OPERATORS[name]
+    arguments = inputs(name, 300, (-0.1, -0.5), dtype)
+    borders = [0, 70, 70, 71, 199, 290]
+    packed, states = operator(*arguments, cu_seqlens=torch.tensor(borders, device="cuda"), output_final_state=True)
+    for n, (start, end) in enumerate(itertools.pairwise(borders)):
+        if start == end:
+            assert not states[n].any()
+            continue
+        alone, state = operator(*(a[:, start:end] for a in arguments), output_final_state=True)
+        assert error(packed[:, start:end], alone.double()) < (1e-5 if dtype == torch.float32 else 5e-3)
+        assert error(states[n], state[0].double()) < (1e-5 if dtype == torch.float32 else 5e-3)
+    assert not packed[:, 290:].any()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_long_sequences_stay_finite(name):
+    operator, _ = OPERATORS[name]
+    arguments = inputs(name, 65_536, (0.0, -0.001, -10.0), torch.bfloat16)
+    for got in results(operator, arguments):
+        assert torch.isfinite(got).all()
+
+
+def test_window_attention_equals_masked_softmax():
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, 300, 4, 64, device="cuda", generator=generator) for _ in range(3))
+    i = torch.arange(300, device="cuda")
+    seen = (i[:, None] >= i) & (i[:, None] - i < 100)
+    wanted = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)), attn_mask=seen)
+    assert error(window_attention(q, k, v, window=100)[0], wanted.transpose(1, 2)) < 1e-5
