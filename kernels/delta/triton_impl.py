@@ -144,6 +144,8 @@ def forward(
     norms = _norms(p, q, k, qk_l2norm)
     gates = _gates(p, g)
     inverse = p.scratch(p.slots * CHUNK, CHUNK, dtype=torch.float32)
+    if p.packed:
+        inverse.zero_()  # an output of the op: slots without a chunk must not hold what was in memory
     p.run(
         kernels.inverse_kernel,
         p.slots,
