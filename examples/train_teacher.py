@@ -220,12 +220,15 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor,
                 seconds = time.monotonic() - start
                 rate = (step - 1) * step_tokens / max(seconds, 1e-9)
                 history.append({"step": step, "train": running, "held_out": evaluated, "seconds": round(seconds, 2)})
-                log(f"step {step}/{steps}  train {running:.4f}  held-out {evaluated:.4f}  {rate / 1e3:.0f}k tokens/s")
+                print(
+                    f"step {step}/{steps}  train {running:.4f}  held-out {evaluated:.4f}  {rate / 1e3:.0f}k tokens/s",
+                    flush=True,
+                )
                 if evaluated < best["loss"]:
                     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
                     best = {"loss": evaluated, "step": step, "weights": weights}
     except KeyboardInterrupt:
-        log(f"interrupted at step {step}: saving what is best so far")
+        print(f"interrupted at step {step}: saving what is best so far")
     if best["weights"]:
         model.load_state_dict(best["weights"])
     return {"history": history, "steps": step, "best_step": best["step"], "tokens_seen": step * step_tokens}
@@ -264,7 +267,8 @@ Python code; it is no assistant.
 | held-out loss | **{loss:.4f} nats a token**, perplexity **{perplexity:.3f}** |
 | held-out text | {held_out_tokens:,} tokens in blocks of {block}, fp32; {bits_per_byte:.4f} bits a byte |
 | training text | {sources}: {train_bytes:,} bytes, {train_tokens:,} tokens |
-| tokens seen | {tokens_seen:,} in {steps} steps of {batch_tokens:,} ({epochs:.1f} epochs); best at step {best_step} |
+| tokens seen | {tokens_seen:,} in {steps} steps of {batch_tokens:,} ({epochs:.1f} epochs) |
+| weights | of step {best_step}, the best of {evaluations} held-out evaluations, which favours the loss a little |
 | held out, never trained on | {held_out_names} |
 | made with | Python {python}, torch {torch}, transformers {transformers}, {device}, {seconds:.0f} s in all |
 
@@ -286,10 +290,6 @@ def sample(model: Any, tokenizer: Any, prompt: str) -> str:
     inputs.pop("token_type_ids", None)
     tokens = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
-
-
-def log(line: str) -> None:
-    print(line, flush=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     model = make_model(preset).to(args.device)  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in model.parameters())
-    log(
+    print(
         f"{parameters:,} parameters; {tokens.numel():,} training tokens of {train_bytes / tokens.numel():.2f} bytes, "
         f"{held_out.numel():,} held out; {time.monotonic() - begin:.0f} s so far"
     )
@@ -376,8 +376,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "seconds": round(time.monotonic() - begin, 1),
     }  # fmt: skip
     write_card(args.out, facts)
-    log(f"held-out loss {loss:.4f}, perplexity {facts['perplexity']:.3f}; {facts['seconds']} s; written to {args.out}")
-    log("--- greedy sample\n" + sample(loaded, AutoTokenizer.from_pretrained(args.out), "def parse_"))
+    print(
+        f"held-out loss {loss:.4f}, perplexity {facts['perplexity']:.3f}; {facts['seconds']} s; written to {args.out}"
+    )
+    print("--- greedy sample\n" + sample(loaded, AutoTokenizer.from_pretrained(args.out), "def parse_"))
     return facts
 
 

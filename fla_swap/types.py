@@ -6,8 +6,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-MASK_KINDS = ("causal", "window", "chunked", "prefix", "bidirectional", "unknown")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightRef:
@@ -60,7 +58,11 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mask:
-    """Which keys a query sees. `window` counts the token itself (kind "window") or is the chunk length ("chunked")."""
+    """Which keys a query sees.
+
+    kind: "causal", "window", "chunked" or "bidirectional".
+    window: tokens seen, the token itself counted ("window"), or the length of a chunk ("chunked").
+    """
 
     kind: str
     window: int | None = None

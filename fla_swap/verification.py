@@ -24,7 +24,6 @@ from fla_swap.mixers.softmax import Softmax
 from fla_swap.types import AttentionSite
 
 TOLERANCE = 1e-4
-_HIDDEN = -1e4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,6 @@ class FusedCore:
             "mask": terms,
             "causal": bool(argument(node, 5, "is_causal", False)),
             "dropout": float(argument(node, 4, "dropout_p", 0.0)),
-            "grouped": bool(argument(node, 7, "enable_gqa", False)),
         }
         return Found(facts=facts, nodes=(node,))
 
@@ -94,7 +93,7 @@ class SoftmaxCore:
         mixed, dropout = self._forwards(node, graph)
         if mixed is None:
             return ABSENT
-        facts = {"out": mixed[0], "v": mixed[1], "scale": 1.0, "mask": [], "causal": False, "grouped": False}
+        facts = {"out": mixed[0], "v": mixed[1], "scale": 1.0, "mask": [], "causal": False}
         facts["dropout"] = dropout
         nodes = [node]
         dropped = _dropped(node)

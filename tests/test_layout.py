@@ -106,6 +106,7 @@ def test_importing_fla_swap_starts_neither_triton_nor_cuda():
     code = (
         "import sys, torch\n"
         "import fla_swap\n"
+        "used = [getattr(fla_swap, name) for name in fla_swap.__all__]\n"
         "loaded = [m for m in sys.modules if m.startswith('fla_swap') and m.endswith('triton_impl')]\n"
         "print(loaded, torch.cuda.is_initialized())"
     )
