@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fla_swap.distillation.calibration import LayerCalibration, calibrate
 from fla_swap.distillation.config import CalibrationConfig, DistillConfig, StageConfig
-from fla_swap.distillation.evaluation import LayerError, held_out_loss, layer_errors, mean_error, perplexity
+from fla_swap.distillation.evaluation import LayerError, held_out_loss, layer_errors, perplexity
 from fla_swap.distillation.progress import BarProgress, LogProgress, ProgressEvent
 from fla_swap.distillation.run import DistillResult, distill
 
@@ -25,6 +25,5 @@ __all__ = [
     "distill",
     "held_out_loss",
     "layer_errors",
-    "mean_error",
     "perplexity",
 ]

@@ -48,6 +48,7 @@ class StageConfig:
     block_size: tokens of a sequence; None keeps the data's own blocks.
     learning_rate: of the mixers; `rest_learning_rate` of everything else (`train="all"`).
     warmup: fraction of the stage in which the learning rate rises; then a cosine down to `final` times the peak.
+    gradient_checkpointing: less memory for more time; only for "distil" (alignment keeps no graph between layers).
     kl_weight, ce_weight: loss = kl_weight · KL(teacher ‖ student) + ce_weight · cross entropy, in nats a token.
     """
 
@@ -73,6 +74,11 @@ class StageConfig:
         check(self.kind in KINDS, f"stage kind is {self.kind!r}; the kinds are {list(KINDS)}")
         check(self.train in TRAINED, f"train is {self.train!r}; it must be one of {list(TRAINED)}")
         check(self.kind == "distil" or self.train == "mixers", "alignment trains mixers only: train must be 'mixers'")
+        check(
+            self.kind == "distil" or not self.gradient_checkpointing,
+            "gradient_checkpointing has no effect in alignment, which trains each layer by itself: leave it False, and "
+            "take a smaller batch_size with more accumulation to save memory",
+        )
         check(self.steps is not None or self.minutes is not None, f"a stage needs steps or minutes: {self}")
         check(self.steps is None or self.steps >= 1, f"steps is {self.steps}; it must be at least 1")
         check(self.minutes is None or self.minutes > 0, f"minutes is {self.minutes}; it must be positive")

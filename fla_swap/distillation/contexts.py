@@ -9,28 +9,39 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fla_swap.distillation.config import StageConfig
 from fla_swap.distillation.trainer import StageCallback
+from fla_swap.swapping import swapped_layers
 
 
 @contextlib.contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Hold the weights in float32 while they train, and give them their own dtype back afterwards."""
-    dtypes = {n: t.dtype for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_floating_point()}
-    narrow = {d for d in dtypes.values() if d in (torch.bfloat16, torch.float16)}
+    """Hold the weights in float32 while they train, and give them their own dtype back afterwards.
+
+    The original attention, which is in neither `parameters()` nor `buffers()` but follows `.float()`, is included.
+    """
+    dtypes = {n: t.dtype for n, t in all_tensors(model) if t.is_floating_point()}
+    narrow = any(d in (torch.bfloat16, torch.float16) for d in dtypes.values())
     if narrow:
         model.float()
     try:
         yield
     finally:
-        if narrow and len(set(dtypes.values())) == 1:
-            model.to(next(iter(narrow)))  # type: ignore[call-overload]
-        elif narrow:
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if narrow:
+            for name, tensor in all_tensors(model):
                 if name in dtypes:
                     tensor.data = tensor.data.to(dtypes[name])
+
+
+def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by every name they have, those of the swapped layers' originals after them."""
+    originals = [(f"{fqn}.original", layer.original) for fqn, layer in swapped_layers(model)]
+    for prefix, module in [("", model), *originals]:
+        if module is not None:
+            yield from module.named_parameters(prefix, remove_duplicate=False)
+            yield from module.named_buffers(prefix, remove_duplicate=False)
 
 
 @contextlib.contextmanager

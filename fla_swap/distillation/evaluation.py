@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +73,6 @@ def layer_errors(model: nn.Module, blocks: Any, *, batch_size: int = 8) -> list[
     finally:
         model.train(training)
     return [LayerError(fqn=n, relative=math.sqrt(wrong[n] / max(size[n], 1e-30))) for n in wrong]
-
-
-def mean_error(errors: Sequence[LayerError]) -> float:
-    """The mean of the layers' relative errors; 0 for no layers."""
-    return sum(e.relative for e in errors) / max(len(errors), 1)
 
 
 def as_blocks(blocks: Any) -> Tensor:

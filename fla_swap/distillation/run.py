@@ -198,6 +198,8 @@ class Run:
 
     def stage(self, number: int, stage: StageConfig) -> None:
         name = self.config.stage_name(number)
+        if stage.train == "all":
+            self.model._rest_trained = True  # type: ignore[assignment]
         if self.taken_from_folder(name):
             return
         begin = time.monotonic()
@@ -205,8 +207,6 @@ class Run:
         self.model.requires_grad_(stage.train == "all")
         for parameter in mixers:
             parameter.requires_grad_(True)
-        if stage.train == "all":
-            self.model._rest_trained = True  # type: ignore[assignment]
         with contextlib.ExitStack() as stack:
             folder = (
                 self.folder.stage(name) if self.folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -11,12 +11,14 @@ import signal
 import pytest
 import safetensors.torch
 import torch
-from small_models import llama, swapped_llama, text
-from transformers import TrainerCallback
+from small_models import llama, site, swapped_llama, text
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from fla_swap.distillation import DistillConfig, StageConfig, distill, held_out_loss
 from fla_swap.distillation.trainer import Schedule
 from fla_swap.errors import DataError, TrainingError
+from fla_swap.swapping import original_attention, restore_, swap_
+from fla_swap.types import LayerPlan, SwapPlan
 
 ALIGN = StageConfig(kind="align", steps=4, batch_size=4, learning_rate=1e-2)
 DISTIL = StageConfig(kind="distil", steps=8, batch_size=4, train="all", learning_rate=1e-2, rest_learning_rate=1e-3)
@@ -150,6 +152,22 @@ def test_bfloat16_weights_train_in_float32_and_come_back_in_bfloat16():
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
+def test_the_originals_of_a_bfloat16_model_come_back_in_bfloat16_too(tmp_path):
+    llama().save_pretrained(tmp_path)
+    # Loaded, not cast: the rotary frequencies stay float32, so the model's tensors have two dtypes.
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ids = text(rows=2)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    swap_(model, SwapPlan(layers=tuple(LayerPlan(site=site(i), mixer="gated_deltanet") for i in (0, 2))))
+    distill(model, text(), config(ALIGN))
+    with torch.no_grad(), original_attention(model):
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(restore_(model)(input_ids=ids).logits, before)
+
+
 # ---- stopping and going on
 
 
@@ -173,6 +191,8 @@ def test_a_finished_run_resumed_gives_its_weights_and_trains_nothing(tmp_path):
     assert losses(result) == losses(done)
     for name, tensor in done.model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+    with pytest.raises(TrainingError, match="its original is no teacher any more"):
+        distill(again, text(), config(DISTIL))
 
 
 def test_an_earlier_run_is_not_overwritten_and_changed_settings_are_named(tmp_path):
@@ -240,6 +260,7 @@ def test_stages_may_read_the_text_in_blocks_of_their_own_length():
         ({"kind": "dream", "steps": 1}, "stage kind is 'dream'"),
         ({"kind": "align"}, "needs steps or minutes"),
         ({"kind": "align", "steps": 1, "train": "all"}, "alignment trains mixers only"),
+        ({"kind": "align", "steps": 1, "gradient_checkpointing": True}, "no effect in alignment"),
         ({"kind": "distil", "steps": 1, "kl_weight": 0.0}, "nothing to learn from"),
     ],
 )
