@@ -220,10 +220,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor,
                 seconds = time.monotonic() - start
                 rate = (step - 1) * step_tokens / max(seconds, 1e-9)
                 history.append({"step": step, "train": running, "held_out": evaluated, "seconds": round(seconds, 2)})
-                print(
-                    f"step {step}/{steps}  train {running:.4f}  held-out {evaluated:.4f}  {rate / 1e3:.0f}k tokens/s",
-                    flush=True,
-                )
+                print(f"step {step}/{steps}  train {running:.4f}  held-out {evaluated:.4f}  {rate / 1e3:.0f}k tokens/s")
                 if evaluated < best["loss"]:
                     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
                     best = {"loss": evaluated, "step": step, "weights": weights}
