@@ -29,6 +29,7 @@ from fla_swap.distillation.trainer import (
     Schedule,
     StageCallback,
     StageTrainer,
+    check_finite,
     last_checkpoint,
     training_arguments,
 )
@@ -183,6 +184,7 @@ class Run:
         if self.config.calibrate is not None:
             calibrating = time.monotonic()
             self.result.calibration = self.calibrate(self.config.calibrate)
+            check_finite(self.model, "after calibration", "nothing was saved; calibrate=None starts without it")
             self.result.seconds[name] = time.monotonic() - calibrating
             self.measure(name)
         logger.info("start: %.1f s", time.monotonic() - begin)
@@ -248,6 +250,7 @@ class Run:
         callback.progress = self.progress
         trainer = StageTrainer(
             objective,
+            name=name,
             stage=stage,
             mixers=mixers,
             schedule=schedule,
@@ -259,6 +262,7 @@ class Run:
         with stopping_at_ctrl_c(callback):
             trainer.train(resume_from_checkpoint=last_checkpoint(folder) if self.config.resume else None)
         trainer.check_losses()
+        trainer.check_weights()
         if callback.interrupted:
             kept = (
                 f"resume=True continues from {last_checkpoint(folder)}"
@@ -320,6 +324,7 @@ class Run:
 
 def check_layers(model: nn.Module, config: DistillConfig, teacher: nn.Module | None) -> list[tuple[str, Any]]:
     """The swapped layers, when this model can be distilled under this config."""
+    check_finite(model, "before distillation", "load or convert the model again")
     aligned = config.calibrate is not None or any(s.kind == "align" for s in config.stages)
     layers = layers_of(model) if aligned or teacher is None else list(swapped_layers(model))
     if not layers:

@@ -24,6 +24,7 @@ from fla_swap.distillation.progress import Progress, ProgressEvent
 from fla_swap.errors import TrainingError
 
 WEIGHTS = "model.safetensors"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Schedule:
@@ -75,7 +76,7 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.schedule.start()
-        self.saved = self.schedule.now()
+        self.saved = self.schedule.elapsed
         self.history[:] = [h for h in self.history if h["stage"] != self.name or h["step"] <= state.global_step]
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -89,7 +90,7 @@ class StageCallback(TrainerCallback):
             control.should_training_stop = True
         if self.config.output_dir is not None and (self.interrupted or self._due(state.global_step)):
             control.should_save = True
-            self.saved = self.schedule.now()
+            self.saved = self.schedule.elapsed
         control.should_log = control.should_log or control.should_training_stop
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -112,13 +113,14 @@ class StageCallback(TrainerCallback):
     def _due(self, step: int) -> bool:
         config = self.config
         by_steps = config.save_steps is not None and step % config.save_steps == 0
+        # By the time all ranks agreed on, not this rank's clock: saving waits for every rank.
         return by_steps or (
-            config.save_minutes is not None and self.schedule.now() - self.saved >= 60 * config.save_minutes
+            config.save_minutes is not None and self.schedule.elapsed - self.saved >= 60 * config.save_minutes
         )
 
     def _agree(self, device: torch.device) -> None:
         """All ranks use the same clock and stop at the same step."""
-        facts = torch.tensor([self.schedule.elapsed, float(self.interrupted)], device=device, dtype=torch.float32)
+        facts = torch.tensor([self.schedule.elapsed, float(self.interrupted)], device=device, dtype=torch.float64)
         torch.distributed.all_reduce(facts, op=torch.distributed.ReduceOp.MAX)
         self.schedule.elapsed, self.interrupted = float(facts[0]), bool(facts[1])
 
@@ -126,8 +128,8 @@ class StageCallback(TrainerCallback):
 class StageTrainer(Trainer):
     """`Trainer` for a module whose `forward(input_ids)` is the loss and whose `.model` is what is saved."""
 
-    def __init__(self, module: nn.Module, *, stage: StageConfig, mixers: list[nn.Parameter], **rest: Any):
-        self.stage, self.mixer_ids = stage, {id(p) for p in mixers}
+    def __init__(self, module: nn.Module, *, name: str, stage: StageConfig, mixers: list[nn.Parameter], **rest: Any):
+        self.name, self.stage, self.mixer_ids = name, stage, {id(p) for p in mixers}
         self.schedule: Schedule = rest.pop("schedule")
         self.unchecked: list[tuple[int, Tensor]] = []
         self.run_dir: str | None = None
@@ -173,6 +175,11 @@ class StageTrainer(Trainer):
                     "a smaller learning rate, or a longer warmup, usually helps"
                 )
 
+    def check_weights(self) -> None:
+        """Raise TrainingError when weights are NaN or infinite: a gradient can be, though its loss was not."""
+        when = f"step {self.state.global_step} of stage {self.name}"
+        check_finite(self.model.model, f"after {when}", f"they were not saved. {self.resumable()}")  # type: ignore[union-attr]
+
     def resumable(self) -> str:
         """What remains to go on from, in words."""
         last = last_checkpoint(self.args.output_dir)
@@ -185,6 +192,7 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.check_losses()
+        self.check_weights()
         name = f"checkpoint-{self.state.global_step}"
         folder = Path(str(self.args.output_dir))
         final, unfinished = folder / name, folder / "unfinished"
@@ -209,6 +217,17 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.model.model, Path(resume_from_checkpoint, WEIGHTS))  # type: ignore[union-attr]
+
+
+def check_finite(model: nn.Module, moment: str, advice: str) -> None:
+    """TrainingError with the names of the first parameters that hold NaN or infinite values."""
+    plain = ((n, p) for n, p in model.named_parameters() if p.dtype in FLOATS and not p.is_meta)
+    bad = [name for name, parameter in plain if not bool(torch.isfinite(parameter).all())]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise TrainingError(
+            f"{moment}, weights of {type(model).__name__} are not finite: {', '.join(bad[:3])}{more}; {advice}"
+        )
 
 
 def parameter_groups(model: nn.Module, mixers: set[int], stage: StageConfig) -> list[dict[str, Any]]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 from small_models import llama, site, swapped_llama, text
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
 from fla_swap.distillation import DistillConfig, StageConfig, distill, held_out_loss
-from fla_swap.distillation.trainer import Schedule
+from fla_swap.distillation.trainer import Schedule, StageCallback
 from fla_swap.errors import DataError, TrainingError
 from fla_swap.swapping import original_attention, restore_, swap_
 from fla_swap.types import LayerPlan, SwapPlan
@@ -83,6 +85,30 @@ def test_a_time_budget_ends_the_stage_with_a_decayed_learning_rate(monkeypatch):
     assert 30 <= last["seconds"] < 33
     assert last["step"] < 32
     assert last["learning_rate"] < 0.08 * 1e-2
+
+
+def test_ranks_whose_clocks_differ_save_at_the_same_steps(monkeypatch):
+    agreed = []  # the later rank's clock, which wins
+
+    def saves(seconds_a_step, all_reduce):
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        clock = itertools.count(0, seconds_a_step)
+        schedule = Schedule(steps=100, seconds=None, warmup=0.0, final=0.0)
+        schedule.now = lambda: float(next(clock))
+        callback = StageCallback("1-align", schedule, config(output_dir="unused", save_minutes=0.1), 1, [])
+        args = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+        callback.on_train_begin(args, TrainerState(), TrainerControl())
+        steps = []
+        for step in range(1, 31):
+            control = TrainerControl()
+            callback.on_optimizer_step(args, TrainerState(global_step=step), control)
+            callback.on_step_end(args, TrainerState(global_step=step), control)
+            steps += [step] if control.should_save else []
+        return steps
+
+    later = saves(2, lambda facts, op: agreed.append(facts.clone()))
+    earlier = saves(1, lambda facts, op: torch.maximum(facts, agreed.pop(0), out=facts))
+    assert later == earlier == list(range(3, 31, 3))
 
 
 def test_mixers_and_the_rest_have_their_own_learning_rates():
@@ -219,6 +245,34 @@ def test_a_loss_that_is_not_finite_names_its_step_and_the_checkpoint_before_it(t
     assert sorted(p.name for p in (tmp_path / "1-distil").iterdir()) == ["checkpoint-4"]
     resumed = distill(swapped_llama(), text(), config(DISTIL, output_dir=tmp_path, save_steps=2, resume=True))
     assert [h["step"] for h in resumed.history] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("save", [3, 8])
+def test_weights_that_are_not_finite_are_never_saved_though_the_loss_is(tmp_path, save):
+    class BadGradient(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step + 1 == 8:
+                for parameter in model.parameters():
+                    parameter.grad.fill_(float("nan"))
+
+    options = {"output_dir": tmp_path, "save_steps": save}
+    kept = "last good checkpoint is .*checkpoint-6" if save == 3 else "no checkpoint of this stage"
+    with pytest.raises(
+        TrainingError, match=rf"after step 8 of stage 1-distil, .*embed_tokens.weight, .* more; .*{kept}"
+    ):
+        distill(swapped_llama(), text(), config(DISTIL, **options), callbacks=[BadGradient()])
+    assert not list(tmp_path.glob("1-distil/*.json")) and not list(tmp_path.glob("1-distil/checkpoint-8"))
+    resumed = distill(swapped_llama(), text(), config(DISTIL, **options, resume=True))
+    assert all(torch.isfinite(p).all() for p in resumed.model.parameters())
+
+
+def test_a_model_that_is_given_with_nan_weights_is_refused_by_name():
+    model = swapped_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    message = r"before distillation, weights of .*Llama.* are not finite: model\.layers\.1\.mlp\.up_proj\.weight;"
+    with pytest.raises(TrainingError, match=message):
+        distill(model, text(), config(ALIGN))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path, monkeypatch):
