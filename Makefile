@@ -1,4 +1,5 @@
-# Two commands matter: `make demo` (the whole job on the shipped teacher) and `make test`.
+# Two commands matter: `make demo` (the whole job on the shipped teacher; RESUME=1 continues an interrupted one) and
+# `make test`.
 PYTHON  ?= python3
 VENV    ?= .venv
 BIN     := $(VENV)/bin
@@ -17,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: env
-	$(BIN)/fla-swap demo --device $(DEVICE) --minutes $(MINUTES) --out $(OUT)
+	$(BIN)/fla-swap demo --device $(DEVICE) --minutes $(MINUTES) --out $(OUT) $(if $(RESUME),--resume)
 
 test: env
 	$(BIN)/python -m pytest -q -n auto

@@ -25,6 +25,21 @@ from fla_swap.planning import plan_from_dict
 from fla_swap.registration import FlaSwapConfig as FlaSwapConfig  # saved models name it as part of this module
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
+SIDE_FILES = (
+    "adapter_config.json",
+    "adapter_model.*",
+    "added_tokens.json",
+    "chat_template.*",
+    "configuration_*.py",
+    "generation_config.json",
+    "merges.txt",
+    "modeling_*.py",
+    "special_tokens_map.json",
+    "tokenization_*.py",
+    "tokenizer*",
+    "vocab.*",
+)
+"""What belongs to a model beside its weights and config; it goes with the model when another one takes its place."""
 
 
 def hybrid_config(config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -55,7 +70,8 @@ def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, o
     """Save a model (swapped or not) so that the folder is either the old one or the new one, never half of each.
 
     Everything is written beside `folder` first and then takes its place; a full disk or Ctrl-C leaves the old folder as
-    it was. Files in an old folder that are no part of a model (reports, plots) are kept.
+    it was. Files in an old folder that are no part of a model (reports, plots, training) are kept; a tokenizer and the
+    like stay only when the same swapped model is saved again.
 
     Args:
         tokenizer: saved along, with its chat template.
@@ -68,6 +84,7 @@ def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, o
         raise CheckpointError(f"{folder} is a file, not a folder")
     if not overwrite:
         _refuse(folder, model)
+    stale = WEIGHTS if _same(folder, model) else WEIGHTS + SIDE_FILES
     fresh: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +93,7 @@ def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, o
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         fresh.chmod(0o777 & ~_umask())
-        _take_place(fresh, folder)
+        _take_place(fresh, folder, stale)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} could not be written ({error}); what was there before is unchanged") from error
     finally:
@@ -175,8 +192,20 @@ def _refuse(folder: Path, model: PreTrainedModel) -> None:
         raise CheckpointError(f"{folder} holds a model already; save elsewhere, or pass overwrite=True")
 
 
-def _take_place(fresh: Path, folder: Path) -> None:
-    """Move `fresh` to `folder`; what was there makes room first and comes back when that fails."""
+def _same(folder: Path, model: PreTrainedModel) -> bool:
+    """Whether saving would not replace another model: the folder holds none, or this swapped one."""
+    try:
+        _refuse(folder, model)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _take_place(fresh: Path, folder: Path, parts: tuple[str, ...]) -> None:
+    """Move `fresh` to `folder`; what was there makes room first and comes back when that fails.
+
+    parts: patterns of the files that are the old model's own, and go.
+    """
     if not folder.exists():
         os.replace(fresh, folder)
         return
@@ -187,7 +216,7 @@ def _take_place(fresh: Path, folder: Path) -> None:
     except BaseException:
         os.replace(old, folder)
         raise
-    stale = {p for pattern in WEIGHTS for p in old.glob(pattern)}
+    stale = {p for pattern in parts for p in old.glob(pattern)}
     for path in old.iterdir():
         if path not in stale and not (folder / path.name).exists():
             os.replace(path, folder / path.name)

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from fla_swap.errors import FlaSwapError
+from fla_swap.errors import CheckpointError, FlaSwapError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +48,10 @@ Local = Annotated[bool, typer.Option("--local", help="Also swap layers that are 
 Data = Annotated[str, typer.Option(help='"stdlib", a text file or folder, or a dataset id (name[:config[:field]]).')]
 Prompt = Annotated[str, typer.Option(help="Text to continue.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
+Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Generate with `fs.compile` as well.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds.")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="Swap by this plan (of `fla-swap plan --out`).")]
 
 
 @app.command("inspect")
@@ -91,6 +95,7 @@ def plan_command(
 
 @app.command("convert")
 def convert_command(
+    context: typer.Context,
     model: Model,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the converted model and the report.")],
     data: Data,
@@ -98,6 +103,7 @@ def convert_command(
     options: Options = "{}",
     keep: Keep = "1/4",
     local: Local = False,
+    plan_file: PlanFile = None,
     minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 10.0,
     start: Annotated[str, typer.Option(help="calibrated or naive.")] = "calibrated",
     select: Annotated[str, typer.Option(help="How a fraction is kept: greedy, leave_one_out or uniform.")] = "greedy",
@@ -109,18 +115,24 @@ def convert_command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds.")] = False,
+    compiled: Compile = True,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Swap, distil, save and check: a pretrained model becomes a hybrid."""
-    from fla_swap.conversion import ConvertConfig
+    from fla_swap.conversion import PLANNING, ConvertConfig
 
+    if plan_file is not None:
+        given = [n for n in PLANNING if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"]
+        if given:
+            raise typer.BadParameter(f"--plan says what is swapped already: leave out --{', --'.join(given)}")
     config = ConvertConfig(
         mixer=mixer,
-        options=read_options(options),
+        options=read_options(options) or None,
         keep=read_keep(keep),
         local=local,
+        plan=plan_file,
         data=data,
         minutes=minutes,
         start=start,
@@ -133,6 +145,7 @@ def convert_command(
         device=device,
         dtype=dtype,
         seed=seed,
+        compile=compiled,
     )
     run_conversion(model, out_dir, config, resume=resume, overwrite=overwrite, as_json=as_json)
 
@@ -147,14 +160,28 @@ def demo_command(
     minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 2.0,
     device: Device = "auto",
     seed: Seed = 0,
+    compiled: Compile = True,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """The main job on the shipped teacher: Gated DeltaNet in three quarters of the layers, distilled and compiled."""
     from fla_swap.conversion import ConvertConfig
+    from fla_swap.output import holds_conversion_of
 
+    if model == str(TEACHER) and not TEACHER.exists():
+        raise CheckpointError(f"the demo's teacher comes with the sources only, not here ({TEACHER}): pass --model")
     config = ConvertConfig(
-        mixer="gated_deltanet", keep="1/4", data=data, minutes=minutes, device=device, prompt=PROMPT, seed=seed
+        mixer="gated_deltanet",
+        keep="1/4",
+        data=data,
+        minutes=minutes,
+        device=device,
+        prompt=PROMPT,
+        seed=seed,
+        compile=compiled,
     )
-    run_conversion(model, out_dir, config, resume=False, overwrite=True, as_json=False)
+    overwrite = overwrite or holds_conversion_of(model, out_dir)  # an earlier demo makes room for the next
+    run_conversion(model, out_dir, config, resume=resume, overwrite=overwrite, as_json=False)
 
 
 @app.command("distill")
@@ -171,14 +198,15 @@ def distill_command(
     max_tokens: Annotated[int, typer.Option(help="Read no more training text than this.")] = 50_000_000,
     device: Device = "auto",
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a converted model further, by KL against its original (long context: a larger --block-size)."""
     from fla_swap.checkpoint import load, save
-    from fla_swap.conversion import TRAINING, check_output, check_vocabulary, find_device, load_tokenizer, make_room
+    from fla_swap.conversion import check_vocabulary, find_device, load_tokenizer
     from fla_swap.distillation import DistillConfig, StageConfig, distill
     from fla_swap.distillation.data import load_blocks
+    from fla_swap.output import TRAINING, check_output, clear_training, make_room
 
     check_output(out_dir, resume=resume, overwrite=overwrite)
     find_device(device)
@@ -206,7 +234,7 @@ def distill_command(
     with resumable(out_dir), closing(progress_bar()) as bar:
         result = distill(student, blocks, config, teacher=original, progress=bar)
     save(student, out_dir, tokenizer=tokenizer, overwrite=overwrite)
-    remove(out_dir / TRAINING)
+    clear_training(out_dir)
     err.print(f"{result.tokens:,} tokens; saved to {out_dir}")
 
 
@@ -299,7 +327,7 @@ def progress_bar() -> Any:
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
     """When what is inside stops with something to go on from, say how."""
-    from fla_swap.conversion import TRAINING
+    from fla_swap.output import TRAINING
 
     try:
         yield
@@ -327,12 +355,6 @@ def read_keep(text: str) -> Any:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise typer.BadParameter(f"--keep takes a fraction, layer numbers such as 0,7, or 0; got {text!r}") from error
-
-
-def remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def show(table: Any, data: Any, as_json: bool) -> None:

@@ -7,13 +7,11 @@ load → inspect → plan → swap → calibrate → align → distil → save �
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +26,28 @@ from fla_swap.distillation.data import load_blocks
 from fla_swap.distillation.run import pick_device
 from fla_swap.distillation.selection import Selection, select_layers
 from fla_swap.errors import CheckpointError, ConfigError, DataError
-from fla_swap.hybrid import refuse_other_model
 from fla_swap.inspection import inspect
-from fla_swap.planning import Keep, plan
+from fla_swap.output import (
+    TRAINING,
+    TRAINING_PLAN,
+    check_output,
+    clear_training,
+    earlier_plan,
+    machine,
+    make_room,
+    settings_of,
+    write_report,
+)
+from fla_swap.planning import Keep, load_plan, plan, save_plan
 from fla_swap.swapping import swap_
 from fla_swap.types import AttentionReport, SwapPlan
 
-REPORT, PLOT, TRAINING = "report.json", "report.png", "training"
 STARTS = ("calibrated", "naive")
 SELECTORS = ("greedy", "leave_one_out", "uniform")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HELD_OUT_BLOCK = 512
+PLANNING = ("mixer", "options", "keep", "local", "select")  # settings that a finished plan stands for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +55,7 @@ class ConvertConfig:
     """One conversion.
 
     mixer, options, keep, local: as in `fs.plan`.
+    plan: a file of `save_plan` or `fla-swap plan --out`, instead of those four and `select`.
     data: text to train and to evaluate on, as in `fla_swap.distillation.data` (held-out documents are split off).
     minutes: time for training (alignment and distillation together); compilation, evaluation and loading come on top.
     start: "calibrated" or "naive" (weights as copied).
@@ -56,13 +65,14 @@ class ConvertConfig:
     max_tokens: read no more training text than this. eval_tokens: held-out tokens measured, evenly spread.
     dtype: "auto" is float32 on a CPU and the model's own on a GPU; it is also what is saved.
     prompt: continued greedily, by `new_tokens` tokens, by teacher and student ("" skips it).
-    compile: generate with `fs.compile`.
+    compile: generate with `fs.compile` too (given a prompt); on a CPU that needs a C++ compiler.
     """
 
     mixer: str = "gated_deltanet"
     options: Mapping[str, Any] | None = None
     keep: Keep = "1/4"
     local: bool = False
+    plan: str | Path | None = None
     data: str = "stdlib"
     minutes: float = 10.0
     start: str = "calibrated"
@@ -85,6 +95,10 @@ class ConvertConfig:
         check_choice("dtype", self.dtype, tuple(DTYPES))
         if not self.minutes > 0:
             raise ConfigError(f"minutes is {self.minutes}; it must be positive")
+        fields = type(self).__dataclass_fields__
+        ignored = [n for n in PLANNING if getattr(self, n) != fields[n].default]
+        if self.plan is not None and ignored:
+            raise ConfigError(f"plan={str(self.plan)!r} says what is swapped already: leave out {', '.join(ignored)}")
         least = {"block_size": 2, "batch_size": 1, "max_tokens": 2, "eval_tokens": 1, "new_tokens": 1}
         for name, bound in least.items():
             value = getattr(self, name)
@@ -116,7 +130,7 @@ def convert(
     Args:
         model: folder or hub id, for `AutoModelForCausalLM` and `AutoTokenizer`.
         out: receives the model, its tokenizer, `report.json` and `report.png`; while it trains, `training/`.
-        resume: continue an interrupted conversion into `out`, with the same settings.
+        resume: continue an interrupted conversion into `out`, with the same settings and its plan.
         overwrite: replace what `out` holds.
     Returns:
         The report, as written to `report.json`.
@@ -134,27 +148,34 @@ class Conversion:
         self.device = find_device(config.device)
         self.seconds: dict[str, float] = {}
         self.selection: Selection | None = None
+        self.given = None if config.plan is None else load_plan(config.plan)
         self.clock = time.monotonic()
 
     def run(self, resume: bool, overwrite: bool) -> dict[str, Any]:
         check_output(self.out, resume=resume, overwrite=overwrite)
+        if self.config.compile and self.config.prompt:
+            check_compiler(self.device)
         torch.manual_seed(self.config.seed)
         model, tokenizer = self.load()
         train, held_out = self.text(model, tokenizer)
         report = inspect(model)
         self.listener.found(report)
         self.lap("inspect")
-        chosen = self.plan(model, report, train)
+        chosen = self.plan(model, report, train, resume)
         self.listener.planned(chosen)
         texts = {"prompt": self.config.prompt, "teacher": self.generate(model, tokenizer)}
         swap_(model, chosen)
         make_room(self.out, model, resume=resume, overwrite=overwrite)
+        if not resume:
+            self.out.mkdir(parents=True, exist_ok=True)
+            save_plan(chosen, self.out / TRAINING_PLAN)
         result = self.distil(model, train, held_out, resume)
         losses = dict(result.losses)
-        self.clear_training(model, tokenizer, overwrite)
+        save(model, self.out, tokenizer=tokenizer, overwrite=overwrite)
         reloaded = load(self.out, device=self.device)
         self.lap("save")
         check = self.check_reload(model, reloaded, held_out)
+        clear_training(self.out)
         losses["student"] = list(losses.values())[-1]  # measured in float32; the reloaded model is bitwise the same
         if reloaded.dtype != torch.float32:
             losses["student"] = held_out_loss(reloaded, held_out)
@@ -196,15 +217,20 @@ class Conversion:
         self.lap("text")
         return train, held_out
 
-    def plan(self, model: nn.Module, report: AttentionReport, train: Tensor) -> SwapPlan:
-        """The plan; a fraction of layers to keep is filled with the layers that `select` chooses."""
+    def plan(self, model: nn.Module, report: AttentionReport, train: Tensor, resume: bool) -> SwapPlan:
+        """The plan; a share of layers to keep is filled with the layers that `select` chooses."""
+        if self.given is not None:
+            return self.given
         config = self.config
         shared: dict[str, Any] = {"mixer": config.mixer, "options": config.options, "local": config.local}
         uniform = plan(report, keep=config.keep, **shared)
         everything = plan(report, keep=0, **shared)
         keep = len(everything.layers) - len(uniform.layers)
-        if keep == 0 or config.select == "uniform" or not isinstance(config.keep, (str, float)):
+        if keep == 0 or config.select == "uniform" or not is_share(config.keep):
             return uniform
+        if resume and (self.out / TRAINING_PLAN).exists():
+            self.listener.say("the layers that the interrupted run selected")
+            return earlier_plan(self.out, everything, keep)
         self.selection = select_layers(model, everything, train, keep, method=config.select)
         self.lap("select")
         steps = ", then ".join(f"{layer} (KL {kl:.3f})" for layer, kl in self.selection.steps)
@@ -216,7 +242,7 @@ class Conversion:
             calibrate=CalibrationConfig() if self.config.start == "calibrated" else None,
             stages=recipe(self.config.minutes, self.device, self.config.batch_size),
             output_dir=self.out / TRAINING,
-            resume=resume and (self.out / TRAINING / "run.json").exists(),
+            resume=resume,
             save_minutes=2.0 if self.device.type == "cpu" else 10.0,
             seed=self.config.seed,
             device="cpu" if self.device.type == "cpu" else "cuda",
@@ -227,11 +253,6 @@ class Conversion:
         )
         self.lap("distil")
         return result
-
-    def clear_training(self, model: Any, tokenizer: Any, overwrite: bool) -> None:
-        """Save the finished model, then drop the checkpoints that led to it."""
-        save(model, self.out, tokenizer=tokenizer, overwrite=overwrite)
-        shutil.rmtree(self.out / TRAINING, ignore_errors=True)
 
     def check_reload(self, model: nn.Module, reloaded: nn.Module, held_out: Tensor) -> dict[str, Any]:
         rows = held_out[:2].to(self.device)
@@ -261,7 +282,7 @@ class Conversion:
     ) -> dict[str, Any]:
         return {
             "model": self.name,
-            "config": {**dataclasses.asdict(self.config), "options": dict(self.config.options or {})},
+            "config": settings_of(self.config),
             "machine": machine(self.device),
             "sites": len(report.sites),
             "largest_proof_error": max((s.max_error or 0.0) for s in report.sites),
@@ -302,27 +323,23 @@ def recipe(minutes: float, device: torch.device, batch_size: int | None = None) 
     )
 
 
-def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse, before any work, a folder that holds something else. Nothing is removed."""
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file, not a folder")
-    interrupted = (out / TRAINING).exists()
-    if resume and not interrupted and (out / "config.json").exists():
-        raise CheckpointError(f"{out} holds a finished model and no interrupted run: there is nothing to resume")
-    if resume or overwrite:
-        return
-    if interrupted:
-        raise CheckpointError(f"{out} holds an interrupted conversion: --resume continues it, --overwrite starts again")
-    if (out / "config.json").exists():
-        raise CheckpointError(f"{out} holds a model already: choose another folder, or replace it with --overwrite")
+def is_share(keep: Keep) -> bool:
+    """Whether `keep` says how many layers stay ("1/4", 0.25, a Fraction), and not which ("0,7", [0, 7])."""
+    if isinstance(keep, str):
+        return "," not in keep
+    return isinstance(keep, (int, float, Fraction))
 
 
-def make_room(out: Path, model: Any, *, resume: bool, overwrite: bool) -> None:
-    """Right before training: its result may be saved in `out`; an interrupted run that is not resumed goes now."""
-    if not overwrite:
-        refuse_other_model(out, model.config)
-    elif not resume:
-        shutil.rmtree(out / TRAINING, ignore_errors=True)
+def check_compiler(device: torch.device) -> None:
+    """Before any work: `fs.compile` on a CPU writes C++."""
+    from torch._inductor import config
+
+    names = [config.cpp.cxx] if isinstance(config.cpp.cxx, str) else [name for name in config.cpp.cxx if name]
+    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise ConfigError(
+            f"compiling on a CPU needs a C++ compiler, and there is no {' or '.join(names)} here: install one, name "
+            "one in $CXX, or leave compiling out (--no-compile, ConvertConfig(compile=False))"
+        )
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -374,25 +391,3 @@ def load_tokenizer(name: str) -> Any:
     except Exception as error:  # a different class for each kind of damage, plain Exception among them
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{name} has no tokenizer that loads ({reason}); save one into the folder") from error
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What made a figure: processor, cores, versions."""
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {platform.machine()}",
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def write_report(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write `report.json` and `report.png`; returns the facts as JSON has them."""
-    from fla_swap.plotting import plot_report
-
-    text = json.dumps(facts, indent=1)
-    (out / REPORT).write_text(text + "\n", encoding="utf-8")
-    facts = json.loads(text)
-    plot_report(facts, out / PLOT)
-    return facts

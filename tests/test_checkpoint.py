@@ -170,6 +170,19 @@ def test_overwriting_replaces_the_model_and_keeps_other_files(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_side_files_go_with_the_model_that_another_one_replaces(tmp_path):
+    out, model = tmp_path / "out", swapped(keep=[1])
+    save(model, out)
+    belongs = ("tokenizer.json", "chat_template.jinja", "adapter_config.json", "vocab.txt", "modeling_own.py")
+    for name in (*belongs, "report.png", "training-plan.json"):
+        (out / name).write_text(name)
+    save(model, out, overwrite=True)  # the same model: they are its own
+    assert all((out / name).exists() for name in belongs)
+    save(swapped(keep=[0]), out, overwrite=True)
+    assert not any((out / name).exists() for name in belongs)
+    assert (out / "report.png").read_text() == "report.png" and (out / "training-plan.json").exists()
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("moment", ["writing", "renaming"])
 def test_a_full_disk_or_interrupt_leaves_the_old_folder(error, moment, tmp_path, monkeypatch):

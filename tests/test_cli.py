@@ -16,14 +16,16 @@ from saved import save_teacher, save_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fla_swap.cli import app, read_keep, read_options
+from fla_swap.errors import CheckpointError
 from fla_swap.planning import load_plan
 
 COMMANDS = {
     "inspect": "model --json",
     "plan": "model --mixer --options --keep --local --out --json",
-    "convert": "model --out --data --mixer --options --keep --local --minutes --start --select --block-size "
-    "--batch-size --max-tokens --eval-tokens --prompt --device --dtype --seed --resume --overwrite --json",
-    "demo": "--out --model --data --minutes --device --seed",
+    "convert": "model --out --data --mixer --options --keep --local --plan --minutes --start --select --block-size "
+    "--batch-size --max-tokens --eval-tokens --prompt --device --dtype --seed --compile/--no-compile --resume "
+    "--overwrite --json",
+    "demo": "--out --model --data --minutes --device --seed --compile/--no-compile --resume --overwrite",
     "distill": "model --out --teacher --data --minutes --block-size --batch-size --learning-rate "
     "--rest-learning-rate --max-tokens --device --seed --resume --overwrite",
     "generate": "model --prompt --new-tokens --temperature --top-p --compile/--no-compile --device --dtype --seed",
@@ -194,3 +196,59 @@ def test_distill_trains_a_converted_model_further(converted, tmp_path, capsys, m
     sizes = ("--data", places / "text", "--block-size", "64", "--eval-tokens", "1024", "--json")
     losses = list(json.loads(fla_swap(capsys, monkeypatch, "eval", converted, out, *sizes).out).values())
     assert losses[1] < losses[0] + 0.05
+
+
+class TestDemo:
+    """The command around `convert`: what it asks for in which folder. The job itself is `make demo`."""
+
+    @pytest.fixture
+    def asked(self, places, capsys, monkeypatch):
+        """Run `fla-swap demo` up to the checks of the folder; says what it ended with."""
+        from fla_swap import conversion
+
+        def load(job):
+            raise CheckpointError("the folder was accepted")
+
+        monkeypatch.setattr(conversion.Conversion, "load", load)
+        words = ("demo", "--data", places / "text", "--no-compile", "--model", places / "teacher", "--out")
+        return lambda out, *more: fla_swap(capsys, monkeypatch, *words, out, *more).error
+
+    def test_only_an_earlier_demo_makes_room_by_itself(self, places, asked, tmp_path):
+        accepted = "the folder was accepted"
+        assert accepted in asked(tmp_path / "new")
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "config.json").write_text('{"model_type": "llama"}')
+        refusal = asked(out)
+        assert "holds a model already" in refusal and "--overwrite" in refusal
+        assert accepted in asked(out, "--overwrite")
+        (out / "config.json").write_text('{"model_type": "fla_swap"}')
+        (out / "report.json").write_text('{"model": "another"}')
+        assert "holds a model already" in asked(out)
+        (out / "report.json").write_text(json.dumps({"model": str(places / "teacher")}))
+        assert accepted in asked(out)
+
+    def test_an_interrupted_demo_is_resumed_or_started_again_only_when_told(self, places, asked, tmp_path):
+        (tmp_path / "training").mkdir()
+        (tmp_path / "training" / "run.json").write_text("{}")
+        (tmp_path / "config.json").write_text('{"model_type": "fla_swap"}')
+        (tmp_path / "report.json").write_text(json.dumps({"model": str(places / "teacher")}))
+        refusal = asked(tmp_path)
+        assert "--resume continues it, --overwrite starts again" in refusal
+        for option in ("--resume", "--overwrite"):
+            assert "the folder was accepted" in asked(tmp_path, option)
+        assert (tmp_path / "training" / "run.json").exists()
+        assert "nothing to resume" in asked(tmp_path / "mistyped", "--resume")
+
+    def test_without_the_shipped_teacher_it_asks_for_a_model(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.setattr("fla_swap.cli.TEACHER", Path("/nowhere/teacher"))
+        ended = fla_swap(capsys, monkeypatch, "demo", "--model", "/nowhere/teacher", "--out", tmp_path / "out")
+        assert ended.status == 1 and "pass --model" in ended.error
+
+
+def test_a_plan_and_what_it_stands_for_exclude_each_other(places, tmp_path, capsys, monkeypatch):
+    words = ("convert", places / "teacher", "--data", places / "text", "--out", tmp_path / "out", "--plan", "p.json")
+    ended = fla_swap(capsys, monkeypatch, *words, "--mixer", "gated_deltanet", "--keep", "0")
+    assert ended.status == 2 and "leave out --mixer, --keep" in " ".join(ended.err.replace("│", " ").split())
+    ended = fla_swap(capsys, monkeypatch, *words)
+    assert ended.status == 1 and "PlanError: p.json: cannot read the plan" in ended.error

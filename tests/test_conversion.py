@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from saved import byte_tokenizer, llama, save_teacher, save_text
 
 import fla_swap as fs
 from fla_swap import conversion
-from fla_swap.conversion import Listener, check_output, check_vocabulary, held_out_blocks, pick_dtype, recipe
+from fla_swap.conversion import Conversion, Listener, check_vocabulary, held_out_blocks, pick_dtype, recipe
 from fla_swap.distillation import StageConfig
 from fla_swap.errors import CheckpointError, ConfigError, DataError
+from fla_swap.output import check_output, make_room, settings_of
+from fla_swap.planning import load_plan, save_plan
 
 CPU = torch.device("cpu")
 
@@ -148,3 +151,89 @@ def test_what_an_output_folder_may_hold(tmp_path):
     for resume, message in ((False, "holds a model already"), (True, "nothing to resume")):
         with pytest.raises(CheckpointError, match=message):
             check_output(tmp_path, resume=resume, overwrite=False)
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        check_output(tmp_path / "mistyped", resume=True, overwrite=True)
+
+
+def test_a_training_folder_of_someone_else_is_not_touched(tmp_path):
+    (tmp_path / "training").mkdir()
+    check_output(tmp_path, resume=False, overwrite=True)
+    (tmp_path / "training" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is no run of ours"):
+        check_output(tmp_path, resume=False, overwrite=True)
+    make_room(tmp_path, None, resume=False, overwrite=True)
+    assert (tmp_path / "training" / "notes.txt").read_text() == "mine"
+    (tmp_path / "training" / "run.json").write_text("{}")
+    make_room(tmp_path, None, resume=False, overwrite=True)
+    assert not (tmp_path / "training").exists()
+
+
+def test_folders_that_a_model_cannot_replace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in (Path("."), tmp_path, Path("sub/..")):
+        with pytest.raises(CheckpointError, match=r"is the current folder.*choose a folder inside it"):
+            check_output(out, resume=False, overwrite=True)
+    with pytest.raises(CheckpointError, match="is a mount point"):
+        check_output(Path("/"), resume=False, overwrite=True)
+    monkeypatch.setattr("fla_swap.output.os.access", lambda *arguments: False)
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is no folder that may be written to"):
+        check_output(tmp_path / "new" / "out", resume=False, overwrite=False)
+
+
+def test_a_share_of_layers_is_selected_and_named_layers_are_not(teacher, text):
+    model = fs.load(teacher)
+    report = fs.inspect(model)
+    blocks = torch.randint(2, 258, (80, 64), generator=torch.Generator().manual_seed(0))
+    for keep, selects in (("1/4", True), (Fraction(1, 4), True), (0.25, True), ("0,1", False), ([0, 1], False)):
+        job = Conversion("teacher", Path("out"), settings(text, keep=keep, select="greedy"), Listener())
+        chosen = job.plan(model, report, blocks, resume=False)
+        assert (job.selection is not None) == selects
+        if not selects:
+            assert [layer.site.layer for layer in chosen.layers] == [2, 3]
+        json.dumps(settings_of(job.config))
+
+
+def test_a_resumed_conversion_keeps_the_plan_that_was_selected(teacher, text, tmp_path, by_steps, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    config, out = settings(text, select="greedy"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fs.convert(teacher, out, config)
+    selected = load_plan(out / "training-plan.json")
+    monkeypatch.setattr(conversion, "select_layers", stop)
+    with pytest.raises(ConfigError, match="was started with other settings"):
+        fs.convert(teacher, out, settings(text, select="greedy", keep="1/2"), resume=True)
+    report = fs.convert(teacher, out, config, resume=True)
+    assert report["kept"] == list(selected.kept)
+    assert not (out / "training").exists() and not (out / "training-plan.json").exists()
+
+
+def test_a_failed_reload_keeps_the_training(teacher, text, tmp_path, by_steps, monkeypatch):
+    def differs(*arguments):
+        raise CheckpointError("differs")
+
+    monkeypatch.setattr(Conversion, "check_reload", differs)
+    with pytest.raises(CheckpointError, match="differs"):
+        fs.convert(teacher, tmp_path / "out", settings(text))
+    assert (tmp_path / "out" / "training" / "run.json").exists()
+
+
+def test_a_given_plan_is_used_and_says_everything(teacher, text, tmp_path, by_steps):
+    file = tmp_path / "plan.json"
+    save_plan(fs.plan(fs.inspect(fs.load(teacher)), mixer="gla", keep=[0, 2]), file)
+    quick = {"data": str(text), "block_size": 64, "eval_tokens": 512, "device": "cpu"}
+    report = fs.convert(teacher, tmp_path / "out", fs.ConvertConfig(plan=file, **quick))
+    assert report["swapped"] == ["model.layers.1.self_attn: gla", "model.layers.3.self_attn: gla"]
+    assert report["selection"] is None and report["config"]["plan"] == str(file)
+    with pytest.raises(ConfigError, match="leave out mixer, keep"):
+        fs.ConvertConfig(plan=file, mixer="gla", keep=0)
+
+
+def test_no_compiler_is_an_error_before_any_work(teacher, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler.*--no-compile"):
+        fs.convert(teacher, tmp_path / "out", settings(text, compile=True, prompt="line"))
+    assert not (tmp_path / "out").exists()
