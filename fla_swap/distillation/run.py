@@ -151,9 +151,15 @@ class Run:
     def settings(self) -> dict[str, Any]:
         mixers = {id(p) for _, layer in self.layers for p in layer.mixer.parameters()}
         rest: dict[str, Tensor] = {n: p for n, p in self.model.named_parameters() if id(p) not in mixers}
-        kinds = {n: layer.mixer.name for n, layer in self.layers}
+        kinds = {n: {"name": m.mixer.name, "options": m.mixer.config.to_options()} for n, m in self.layers}
         facts = {"mixers": kinds, "original_weights": digest(rest), "bfloat16": self.bf16}
-        return {"config": self.config.fingerprint(), "model": facts}
+        return {"config": self.config.fingerprint(), "model": facts, "data": self.data_facts()}
+
+    def data_facts(self) -> dict[str, Any]:
+        """What tells the training text from another: the source, if it is one, and shape and digest of the blocks."""
+        source = self.data if isinstance(self.data, str) else None
+        blocks = self.loaded()
+        return {"source": source, "blocks": list(blocks.shape), "digest": digest({"blocks": blocks})}
 
     def make_teacher(self) -> None:
         stages = [s for s in self.config.stages if s.kind == "distil" and s.kl_weight > 0]
@@ -276,17 +282,23 @@ class Run:
 
     def blocks(self, length: int | None) -> Tensor:
         """The training text in blocks of `length` tokens (None: as given)."""
-        if isinstance(self.data, str):
-            if self.tokenizer is None:
-                raise DataError(f"data is the source {self.data!r}: give the tokenizer too")
-            self.data = load_blocks(self.data, self.tokenizer, length or DEFAULT_BLOCK, split="train")
-        blocks = as_blocks(self.data)
+        blocks = self.loaded()
         if length is None or length == blocks.shape[1]:
             return blocks
         count = blocks.numel() // length
         if count == 0:
             raise DataError(f"{blocks.numel()} training tokens, fewer than one block of {length}")
         return blocks.reshape(-1)[: count * length].view(count, length)
+
+    def loaded(self) -> Tensor:
+        """The training text as given; a source is read once, in blocks whose length depends on the config only."""
+        if isinstance(self.data, str):
+            if self.tokenizer is None:
+                raise DataError(f"data is the source {self.data!r}: give the tokenizer too")
+            calibration, stages = self.config.calibrate, self.config.stages
+            length = calibration.length if calibration is not None else stages[0].block_size if stages else None
+            self.data = load_blocks(self.data, self.tokenizer, length or DEFAULT_BLOCK, split="train")
+        return as_blocks(self.data)
 
     def measure(self, moment: str) -> None:
         if self.eval_blocks is None:
@@ -325,6 +337,8 @@ class Run:
 def check_layers(model: nn.Module, config: DistillConfig, teacher: nn.Module | None) -> list[tuple[str, Any]]:
     """The swapped layers, when this model can be distilled under this config."""
     check_finite(model, "before distillation", "load or convert the model again")
+    if teacher is not None:
+        check_finite(teacher, "in the teacher", "load it again")
     aligned = config.calibrate is not None or any(s.kind == "align" for s in config.stages)
     layers = layers_of(model) if aligned or teacher is None else list(swapped_layers(model))
     if not layers:

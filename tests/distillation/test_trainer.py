@@ -229,10 +229,37 @@ def test_an_earlier_run_is_not_overwritten_and_changed_settings_are_named(tmp_pa
         distill(swapped_llama(), text(), config(ALIGN, output_dir=tmp_path, resume=True, seed=7))
     with pytest.raises(TrainingError, match="original_weights"):
         distill(swapped_llama(seed=3), text(), config(ALIGN, output_dir=tmp_path, resume=True))
+    with pytest.raises(TrainingError, match=r"data\.digest"):
+        distill(swapped_llama(), text(seed=2), config(ALIGN, output_dir=tmp_path, resume=True))
+    with pytest.raises(TrainingError, match=r"data\.blocks\[0\]: 64 → 63"):
+        distill(swapped_llama(), text()[1:], config(ALIGN, output_dir=tmp_path, resume=True))
+    options = {"negative_eigenvalues": True}
+    layers = tuple(LayerPlan(site=site(i), mixer="gated_deltanet", options=options) for i in (0, 2))
+    with pytest.raises(TrainingError, match=r"self_attn\.options\.negative_eigenvalues: False → True"):
+        distill(swap_(llama(), SwapPlan(layers=layers)), text(), config(ALIGN, output_dir=tmp_path, resume=True))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(TrainingError, match="not empty"):
         distill(swapped_llama(), text(), config(ALIGN, output_dir=tmp_path / "other"))
+
+
+def test_a_source_is_read_once_and_must_stay_the_same_text(tmp_path):
+    class Letters:
+        eos_token_id = 0
+
+        def __call__(self, batch, **kwargs):
+            return {"input_ids": [[1 + ord(letter) % 60 for letter in document] for document in batch]}
+
+    file, options = tmp_path / "text.jsonl", {"output_dir": tmp_path / "run"}
+    file.write_text("".join(json.dumps({"text": f"document {i} " * 20}) + "\n" for i in range(60)))
+    short = dataclasses.replace(ALIGN, block_size=32)
+    distill(swapped_llama(), str(file), config(short, **options), tokenizer=Letters())
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert facts["source"] == str(file) and facts["blocks"][1] == 32
+    distill(swapped_llama(), str(file), config(short, **options, resume=True), tokenizer=Letters())
+    file.write_text(file.read_text().replace("document", "Document"))
+    with pytest.raises(TrainingError, match=r"data\.(blocks|digest)"):
+        distill(swapped_llama(), str(file), config(short, **options, resume=True), tokenizer=Letters())
 
 
 # ---- bad luck
