@@ -14,7 +14,7 @@ from fla_swap import registration as registration
 if TYPE_CHECKING:
     from fla_swap import mixers, ops
     from fla_swap.checkpoint import load, save
-    from fla_swap.compilation import compile
+    from fla_swap.compilation import compile, uncompile
     from fla_swap.conversion import ConvertConfig, convert
     from fla_swap.distillation import (
         CalibrationConfig,
@@ -59,12 +59,13 @@ __all__ = [
     "save",
     "save_plan",
     "swap_",
+    "uncompile",
 ]
 
 # Where each public name comes from. A test compares this with the imports above, which type checkers read.
 _SOURCES = {
     "checkpoint": ("load", "save"),
-    "compilation": ("compile",),
+    "compilation": ("compile", "uncompile"),
     "conversion": ("ConvertConfig", "convert"),
     "distillation": (
         "CalibrationConfig",

@@ -121,8 +121,10 @@ class SwappedAttention(nn.Module):
             layer = state_layer(cache, self.cache_index(), self.mixer, hidden)
             self._place(where, layer.get_seq_length(), hidden)
         valid = starts = None
-        if packed is None and tokens > 1:
+        if packed is None:
             valid, starts = read_mask(mask, hidden, 0 if layer is None else layer.get_seq_length())
+            if self.site.mask.window == 1:
+                starts = None  # every token sees itself alone: such a mask says nothing about documents
             if starts is None:
                 starts = self._starts_from_positions(mask, cache, where)
         arguments = {**where, "valid": valid, "starts": starts, "cu_seqlens": packed}
@@ -207,7 +209,8 @@ def read_mask(mask: Any, hidden: Tensor, seen: Any) -> tuple[Tensor | None, Tens
 
     Args:
         mask: None; [B, S], nonzero for tokens; or [B or 1, 1 or H, T, S], bool (True is seen) or additive. A token that
-            does not see itself is padding; one that sees itself and not its predecessor starts a document.
+            does not see itself is padding; one that sees itself alone starts a document. (The first token after padding
+            still sees what came before the padding; under a window no longer than the padding it sees itself alone.)
         hidden: [B, T, D].
         seen: tokens already in the state, an int or a tensor: query t stands at key min(seen, S − T) + t.
     """
@@ -216,14 +219,14 @@ def read_mask(mask: Any, hidden: Tensor, seen: Any) -> tuple[Tensor | None, Tens
     batch, tokens = hidden.shape[:2]
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise SwapError(f"a swapped layer reads masks of 2 or 4 dimensions, got {type(mask).__name__}")
-    if mask.dim() == 2:
-        return (mask[:, -tokens:] != 0).expand(batch, tokens), None
-    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
     room = mask.shape[-1] - tokens
     query = torch.arange(tokens, device=mask.device)
     key = query + (seen.clamp(max=room) if isinstance(seen, Tensor) else min(seen, room))
+    if mask.dim() == 2:
+        return (mask[:, key] != 0).expand(batch, tokens), None
+    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
     valid = sees[:, query, key]
-    starts = ~sees[:, query, (key - 1).clamp(min=0)] & (key > 0)
+    starts = valid & (sees.sum(-1) == 1) & (key > 0)
     return valid.expand(batch, tokens), starts.expand(batch, tokens)
 
 
@@ -369,5 +372,5 @@ def refuse_other_model(folder: Path, config: Any) -> None:
         what = found.get("model_type")
         raise CheckpointError(
             f"{folder} holds another model (model_type {what!r}{', another plan' if what == MODEL_TYPE else ''}); "
-            "nothing was written. Save elsewhere, or replace it: fla_swap.checkpoint.save(…, overwrite=True)"
+            "nothing was written. Save elsewhere, or replace it: fs.save(…, overwrite=True)"
         )

@@ -61,6 +61,27 @@ def test_a_left_padded_batch_as_single_prompts(model):
 
 
 @pytest.mark.parametrize("static", [False, True])
+def test_a_left_padded_batch_token_by_token_as_in_one_call(model, static):
+    """A token of padding that comes alone does not enter the state either."""
+    ids, mask = prompts()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = StaticCache(model.config, max_cache_len=12) if static else DynamicCache(config=model.config)
+    with torch.no_grad():
+        pieces = [
+            model(
+                ids[:, t : t + 1],
+                attention_mask=mask[:, : t + 1],
+                position_ids=positions[:, t : t + 1],
+                past_key_values=cache,
+            ).logits
+            for t in range(ids.shape[1])
+        ]
+        whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("static", [False, True])
 def test_a_prompt_in_several_calls_as_in_one(model, static):
     ids, _ = prompts()
     cache = StaticCache(model.config, max_cache_len=12) if static else DynamicCache(config=model.config)

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from sites import ToyConfig, report_of, tiny, toy_registered
 
-from fla_swap.errors import PlanError
-from fla_swap.mixers import SoftmaxConfig
+from fla_swap.errors import MixerError, PlanError
+from fla_swap.mixers import SoftmaxConfig, WindowConfig
 from fla_swap.planning import (
     Rule,
     load_plan,
@@ -122,12 +122,24 @@ def test_a_mixer_is_a_name_with_options_or_its_config(report):
         ({"mixer": "toy", "keep": "most"}, "neither a fraction"),
         ({"mixer": "toy", "keep": "1,x"}, "'x' is no layer number"),
         ({"rules": [Rule("transformer.h.*", "toy")]}, "'transformer.h.\\*' matches no attention site.*model.layers.0"),
+        ({"mixer": "window", "options": {"window": -4}}, r"layers\.\d\.self_attn cannot .* at least 1, got -4"),
         ({"rules": [Rule("*", SoftmaxConfig())], "options": {"decay": 1}}, "options"),
     ],
 )
 def test_what_cannot_be_planned_is_one_clear_error(report, arguments, message):
     with pytest.raises(PlanError, match=message):
         plan(report, **arguments)
+
+
+def test_a_window_without_a_token_is_refused_where_it_is_written():
+    with pytest.raises(MixerError, match="at least 1, got 0"):
+        WindowConfig(window=0)
+
+
+def test_a_mask_that_softmax_would_treat_as_causal_is_refused(report):
+    odd = dataclasses.replace(report, sites=(dataclasses.replace(report.sites[0], mask=Mask(kind="prefix")),))
+    with pytest.raises(PlanError, match=r"self_attn cannot be swapped for 'softmax'.*'prefix'"):
+        plan(odd, mixer="softmax", keep=0)
 
 
 def test_a_mixer_that_cannot_take_a_site_fails_at_plan_time_and_names_it(report):

@@ -33,7 +33,7 @@ class Softmax(HeadsMixer):
 
     name = "softmax"
     config_class = SoftmaxConfig
-    mask_kinds = ("causal", "window", "chunked", "prefix", "bidirectional")
+    mask_kinds = ("causal", "window", "chunked", "bidirectional")
     uses_kv_cache = True
     config: SoftmaxConfig
 

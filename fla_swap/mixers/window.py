@@ -40,6 +40,10 @@ class WindowConfig(HeadsConfig):
     sinks: bool | None = None
     alibi: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise MixerError(f"window counts the token itself and must be at least 1, got {self.window}")
+
 
 class Window(HeadsMixer):
     """Softmax attention over the last `window` tokens; key/value heads stay grouped.
@@ -54,8 +58,6 @@ class Window(HeadsMixer):
 
     def __init__(self, config: WindowConfig):
         super().__init__(config)
-        if config.window < 1:
-            raise MixerError(f"window counts the token itself and must be at least 1, got {config.window}")
         if config.alibi is not None and len(config.alibi) != self.heads:
             raise MixerError(f"alibi needs one slope for each of {self.heads} heads, got {len(config.alibi)}")
         self.scale = self.head_dim**-0.5 if config.scale is None else config.scale
@@ -148,7 +150,9 @@ class Window(HeadsMixer):
         q, k, v = self.to_heads(*self.project(x), positions, cos_sin)
         q, k = q.to(v.dtype), k.to(v.dtype)
         ring = None if state is None else WindowState(*(state[name] for name in RING))
-        if ring is not None and x.shape[1] == 1 and tokens[1:] == (None, None) and not torch.is_grad_enabled():
+        if ring is not None and x.shape[1] == 1 and tokens.cu_seqlens is None and not torch.is_grad_enabled():
+            if tokens.starts is not None:
+                ring.valid.logical_and_(~tokens.starts)  # [N, W] and [B, 1]: a new document forgets the ring
             return window_attention_step(q, k, v, state=ring, valid=tokens.valid, **self._options(q))
         if tokens.starts is not None and tokens.cu_seqlens is None:
             o, after = self._with_starts(q, k, v, tokens, ring)
