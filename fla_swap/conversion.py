@@ -192,7 +192,7 @@ class Conversion:
 
     # ---- the steps
 
-    def load(self) -> tuple[nn.Module, Any]:
+    def load(self) -> tuple[Any, Any]:
         model = load(self.name, dtype=pick_dtype(self.config.dtype, self.device), device=self.device).eval()
         bad = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
         if bad:
