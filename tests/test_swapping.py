@@ -179,6 +179,9 @@ GAPPED_POSITIONS = torch.tensor([[0, 1, 2, 2, 2, 3, 4, 5]])
 def gapped_model(mixer, attn):
     model = tiny("llama", attn=attn).double()
     swap_(model, plan(report_of(model), mixer=mixer, keep=0))
+    for name, p in model.named_parameters():
+        if name.endswith("conv.weight"):  # as after training; it starts as the identity
+            nn.init.normal_(p, std=0.5)
     return model, GAPPED_MASK.bool()[0], logits(model, GAPPED[GAPPED_MASK.bool()][None])[0]
 
 

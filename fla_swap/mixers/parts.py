@@ -65,6 +65,22 @@ def token_positions(x: Tensor, tokens: Tokens, offset: Tensor | None) -> tuple[T
     return (counted - 1).clamp(min=0), counted[:, -1]
 
 
+def close_gaps(x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens, Tensor]:
+    """x [B, T, C] with the padding of every row moved to its end; its marks; and where each token stands now, [B, T].
+
+    A document that starts at padding starts at its first token.
+    """
+    assert tokens.valid is not None
+    order = (~tokens.valid).int().argsort(dim=1, stable=True)
+    valid, starts = tokens.valid.gather(1, order), None
+    if tokens.starts is not None:
+        number = tokens.starts.long().cumsum(1)
+        number = torch.where(valid, number.gather(1, order), number[:, -1:])
+        starts = number != F.pad(number[:, :-1], (1, 0))
+    moved = x.gather(1, order[..., None].expand_as(x))
+    return moved, Tokens(valid, starts), order.argsort(dim=1)
+
+
 class ShortConv(nn.Module):
     """Causal convolution of every channel on its own over the document's last `taps` tokens; starts as the identity.
 
@@ -103,12 +119,16 @@ class ShortConv(nn.Module):
                 cu_seqlens=tokens.cu_seqlens,
             )
             return y, None if after is None else after.mT
+        back = None
+        if tokens.valid is not None and x.shape[1] > 1:
+            x, tokens, back = close_gaps(x, tokens)
         x = tokens.keep(x)
         front = x.new_zeros(x.shape[0], self.taps - 1, x.shape[2]) if past is None else past.to(x.dtype)
         line = torch.cat((front, x), 1)
         age = None if tokens.starts is None else self._age(tokens.starts)
         y = self._sum(wide(line), wide(self.weight), x.shape[1], age)
         y = (F.silu(y) if self.activation else y).to(x.dtype)
+        y = y if back is None else y.gather(1, back[..., None].expand_as(y))
         return y, None if past is None else self._last(line, age, tokens.valid)
 
     def _sum(self, line: Tensor, weight: Tensor, steps: int, age: Tensor | None) -> Tensor:
