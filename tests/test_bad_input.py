@@ -30,7 +30,6 @@ from fla_swap.errors import (
     MixerError,
     NoAttentionFound,
     PlanError,
-    SwapError,
     TrainingError,
 )
 
@@ -179,7 +178,7 @@ SETTINGS = [
     ({"mixer": "window", "options": '{"windw": 4}'}, PlanError, "windw"),
     (
         {"mixer": "window", "options": '{"window": -4}'},
-        SwapError,
+        PlanError,
         "window counts the token itself and must be at least 1, got -4",
     ),
     ({"keep": "0,9"}, PlanError, r"layers \[9\], which do not exist; the attention layers are \[0, 1\]"),
