@@ -166,7 +166,7 @@ def demo_command(
 ) -> None:
     """The main job on the shipped teacher: Gated DeltaNet in three quarters of the layers, distilled and compiled."""
     from fla_swap.conversion import ConvertConfig
-    from fla_swap.output import holds_conversion_of
+    from fla_swap.output import TRAINING, holds_conversion_of
 
     if model == str(TEACHER) and not TEACHER.exists():
         raise CheckpointError(f"the demo's teacher comes with the sources only, not here ({TEACHER}): pass --model")
@@ -180,7 +180,8 @@ def demo_command(
         seed=seed,
         compile=compiled,
     )
-    overwrite = overwrite or holds_conversion_of(model, out_dir)  # an earlier demo makes room for the next
+    if resume or not (out_dir / TRAINING).exists():  # an earlier demo makes room for the next, an interrupted one not
+        overwrite = overwrite or holds_conversion_of(model, out_dir)
     run_conversion(model, out_dir, config, resume=resume, overwrite=overwrite, as_json=False)
 
 

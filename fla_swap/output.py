@@ -93,9 +93,7 @@ def clear_training(out: Path) -> None:
 
 
 def holds_conversion_of(model: str, out: Path) -> bool:
-    """Whether `out` holds a finished conversion of this very model, and no interrupted run."""
-    if (out / TRAINING).exists():
-        return False
+    """Whether `out` holds a finished conversion of this very model."""
     report, config = (_read_object(out / name) for name in (REPORT, "config.json"))
     return report.get("model") == model and config.get("model_type") == MODEL_TYPE
 
