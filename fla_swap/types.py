@@ -21,18 +21,29 @@ class WeightRef:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LowRank:
+    """`scale · up @ down` added to a projection's weight (LoRA, 2106.09685): down [r, in], up [out, r]."""
+
+    down: WeightRef
+    up: WeightRef
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Projection:
-    """A linear map: `weight` read as [out, in], `bias` [out] or None."""
+    """A linear map: `weight` read as [out, in], `bias` [out] or None; `adapters` are added to the weight."""
 
     weight: WeightRef
     bias: WeightRef | None = None
+    adapters: tuple[LowRank, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Norm:
-    """A norm on q or k over the head dimension (or over all heads at once when `across_heads`).
+    """A norm over the head dimension (or over all heads at once when `across_heads`).
 
-    `kind` "rms" or "layer"; `offset` is added to the weight before use (Gemma stores weight − 1).
+    `kind` "rms" or "layer"; `offset` is added to the weight before use (Gemma stores weight − 1). `per_head`: the norm
+    acts on each head, with weights of its own for each, [heads · head_dim] in all.
     """
 
     kind: str
@@ -41,6 +52,28 @@ class Norm:
     bias: WeightRef | None = None
     offset: float = 0.0
     across_heads: bool = False
+    per_head: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gate:
+    """The heads' outputs times `activation(x Wᵀ + b)`, before the output projection (2505.06708).
+
+    `projection` reads the same hidden states as q and gives [heads · v_head_dim], or [heads] when `per_head`.
+    """
+
+    projection: Projection
+    activation: str = "sigmoid"
+    per_head: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Temperature:
+    """Queries times `1 + scale · log(1 + ⌊(position + offset) / length⌋)`, positions from 0 (Llama 4; 2501.19399)."""
+
+    scale: float
+    length: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +116,9 @@ class CallContract:
 
     `outputs`: length of the returned tuple, or None for a bare tensor; `output_index`: where the attention output
     stands in it (the other places get None). `cos`, `sin`: rotary tables when the caller passes them.
-    `cache_index`: the layer number with which the owner updates the cache.
+    `cache_index`: the layer number with which the owner updates the cache. `memory`: the encoder states of a
+    cross-attention. `residual`: what the owner adds to the attention's output itself before it returns it.
+    `time_first`: hidden states come and go as [T, B, D].
     """
 
     hidden: ArgPath
@@ -95,6 +130,9 @@ class CallContract:
     cache_index: int | None = None
     outputs: int | None = None
     output_index: int = 0
+    memory: ArgPath | None = None
+    residual: ArgPath | None = None
+    time_first: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +141,14 @@ class AttentionSite:
 
     `fqn` is the owner module (the one that is replaced); `layer` its number among the model's sites, from 0.
     Shapes: q_proj [heads · head_dim, hidden], k_proj [kv_heads · head_dim, hidden], v_proj [kv_heads · v_head_dim,
-    hidden], o_proj [hidden, heads · v_head_dim]. Norms act before RoPE unless `norm_after_rope`.
+    hidden], o_proj [hidden, heads · v_head_dim]; `o` None: the owner returns the heads side by side, [B, T, heads ·
+    v_head_dim]. Norms act before RoPE unless `norm_after_rope`.
+
+    `kind`: "self", or "cross" (keys and values come from `call.memory` [B, S, memory_size]). `place`: "module", or
+    "graph" for an attention that has no module of its own, or shares it: only `fs.rewrite` can replace it; `fqn` is
+    then the deepest module around it with "#" and a number. `anchor`: the core's node in the captured graph.
+    Between projection and norm q, k and v are clamped to ±`clip`. `v_norm` acts on the value heads, `o_norm` on the heads'
+    outputs, before `gate` multiplies them.
     """
 
     fqn: str
@@ -111,7 +156,7 @@ class AttentionSite:
     q: Projection
     k: Projection
     v: Projection
-    o: Projection
+    o: Projection | None
     hidden_size: int
     heads: int
     kv_heads: int
@@ -128,6 +173,15 @@ class AttentionSite:
     sinks: WeightRef | None = None
     alibi: tuple[float, ...] | None = None
     dropout: float = 0.0
+    kind: str = "self"
+    place: str = "module"
+    anchor: str = ""
+    memory_size: int | None = None
+    clip: float | None = None
+    temperature: Temperature | None = None
+    v_norm: Norm | None = None
+    o_norm: Norm | None = None
+    gate: Gate | None = None
     source: str = ""
     proved: bool = False
     max_error: float | None = None
@@ -135,13 +189,18 @@ class AttentionSite:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NearMiss:
-    """An attention core that is no site: `slot` names the recogniser that failed, `progress` how many passed."""
+    """An attention core that is no site: `slot` names the recogniser that failed, `progress` how many passed.
+
+    `passed` names the slots that held, `anchor` is the core's node in the captured graph.
+    """
 
     fqn: str
     slot: str
     reason: str
     source: str = ""
     progress: int = 0
+    passed: tuple[str, ...] = ()
+    anchor: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
