@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fla_swap.capture import Inputs, capture, default_inputs, inputs_of_length
 from fla_swap.contract import CacheRecord, CallRecord, derive_contract, record_cache, record_calls
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
-from fla_swap.matching import MatchResult, mask_lengths, match
+from fla_swap.matching import MATCHED, MatchResult, mask_lengths, match
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.graph import CapturedGraph
@@ -25,7 +25,7 @@ Example = Mapping[str, Any] | Sequence[Any] | Tensor
 SHORT = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 LONGEST = 8192
 PROOF_BYTES = 2**30
-PROVED = 9
+CALLED = (*MATCHED, "call")
 
 
 def inspect(
@@ -147,10 +147,10 @@ class _Inspection:
         notes: list[str],
     ) -> AttentionSite | NearMiss:
         if record is None:
-            return _miss(site, "call", "the module is in the graph but its forward was not called", PROVED - 1)
+            return _miss(site, "call", "the module is in the graph but its forward was not called", MATCHED)
         contract = derive_contract(site, record, valid, positions, cache)
         if isinstance(contract, str):
-            return _miss(site, "call", contract, PROVED - 1)
+            return _miss(site, "call", contract, MATCHED)
         site = dataclasses.replace(site, call=contract)
         if not verify:
             return site
@@ -159,7 +159,7 @@ class _Inspection:
         try:
             proof = prove(site, owner, call)
         except VerificationError as error:
-            return _miss(site, "proof", str(error), PROVED)
+            return _miss(site, "proof", str(error), CALLED)
         if proof.eager_error is not None and proof.eager_error > TOLERANCE:
             notes.append(
                 f"{site.fqn}: the model runs {_implementation(self.model)!r}, whose output differs from its eager code "
@@ -225,5 +225,13 @@ def _implementation(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", "another implementation"))
 
 
-def _miss(site: AttentionSite, slot: str, reason: str, progress: int) -> NearMiss:
-    return NearMiss(fqn=site.fqn, slot=slot, reason=reason, source=site.source, progress=progress)
+def _miss(site: AttentionSite, slot: str, reason: str, passed: tuple[str, ...]) -> NearMiss:
+    return NearMiss(
+        fqn=site.fqn,
+        slot=slot,
+        reason=reason,
+        source=site.source,
+        progress=len(passed),
+        passed=passed,
+        anchor=site.anchor,
+    )

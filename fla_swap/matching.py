@@ -27,6 +27,9 @@ from fla_swap.patterns.path import Path, walk_path
 from fla_swap.patterns.projection import Linear
 from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, NearMiss, Norm, Projection
 
+MATCHED = ("core", "q", "k", "v", "output", "owner", "heads", "mask")
+"""The slots that hold when a core becomes a site, in the order in which they are tried."""
+
 _BIDIRECTIONAL = "the attention is bidirectional (an encoder): nothing to keep as a state"
 
 
@@ -118,6 +121,8 @@ class _Attempt:
             reason=stop.reason,
             source=source_of(stop.node) or source_of(self.node),
             progress=len(self.done),
+            passed=tuple(self.done),
+            anchor=self.node.name,
         )
 
     def run(self, layer: int) -> AttentionSite:
@@ -158,6 +163,7 @@ class _Attempt:
             sinks=core.get("sinks"),
             alibi=alibi,
             dropout=core["dropout"],
+            anchor=self.node.name,
             source=source_of(self.node),
         )
 

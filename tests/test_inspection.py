@@ -359,3 +359,18 @@ def test_example_inputs_with_a_padding_mask_are_padded_for_the_proof() -> None:
     ids = torch.arange(8)[None] + 3
     report = inspect(tiny("llama"), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False})
     assert all(s.proved and s.call.mask is not None for s in report.sites) and len(report.sites) == 2
+
+
+def test_near_misses_say_what_held_and_the_furthest_comes_first() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Attention("values"), Attention("every other")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    first, second = inspect(Two(), torch.randn(1, 7, 16), strict=False).near_misses
+    assert (first.fqn, first.slot, second.fqn, second.slot) == ("second", "mask", "first", "scores")
+    assert first.passed == ("core", "q", "k", "v", "output", "owner", "heads") and first.progress == 7
+    assert second.passed == () and first.anchor.startswith("softmax") and second.anchor != first.anchor
