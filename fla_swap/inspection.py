@@ -75,11 +75,6 @@ def _nothing_found(report: AttentionReport) -> str:
         return f"{report.model} has no attention: no fused attention call, and no softmax between two products{more}"
     first = report.near_misses[0]
     count = len(report.near_misses)
-    if all("bidirectional" in m.reason for m in report.near_misses):
-        return (
-            f"{report.model} is an encoder: all {count} attention layers are bidirectional ({first.fqn} …). "
-            "Linear attention with a state needs a causal model"
-        )
     return (
         f"{report.model}: {count} attention cores, none understood. The one that got furthest, {first.fqn}, stopped at "
         f"{first.slot!r}: {first.reason} ({first.source}). All of them are in the error's .report.near_misses; "

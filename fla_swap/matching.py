@@ -6,9 +6,8 @@ Each step that holds counts as progress; the first that does not becomes the nea
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,6 @@ from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, NearMiss,
 
 MATCHED = ("core", "q", "k", "v", "output", "owner", "heads", "mask")
 """The slots that hold when a core becomes a site, in the order in which they are tried."""
-
-_BIDIRECTIONAL = "the attention is bidirectional (an encoder): nothing to keep as a state"
 
 
 class _Stop(Exception):
@@ -80,7 +77,7 @@ def mask_lengths(graph: CapturedGraph, patterns: Catalogue) -> set[int]:
     hints: set[int] = set()
     for _, result in _core_nodes(graph, patterns):
         if isinstance(result, Found):
-            hints |= length_hints(result.facts["mask"], graph)
+            hints |= length_hints(result.facts["mask"], _sized(graph, result.facts))
     return hints
 
 
@@ -100,6 +97,13 @@ def _core_nodes(graph: CapturedGraph, patterns: Catalogue) -> list[tuple[fx.Node
     return found
 
 
+def _sized(graph: CapturedGraph, core: Mapping[str, Any]) -> CapturedGraph:
+    """The graph with the core's own query and key counts."""
+    q, k = shape(core["q"]), shape(core["k"])
+    assert q is not None and k is not None
+    return graph.sized(length=q[-2], keys=k[-1 if core["k_transposed"] else -2])
+
+
 def _where(node: fx.Node) -> str:
     modules = modules_of(node)
     return f"{modules[-1] if modules else ''} {op_name(node)} {source_of(node)}".strip()
@@ -112,6 +116,7 @@ class _Attempt:
         self.graphs, self.nodes, self.patterns = graphs, nodes, patterns
         self.graph, self.node = graphs[0], nodes[0]
         self.done: list[str] = []
+        self.view = self.graph
 
     def near_miss(self, stop: _Stop) -> NearMiss:
         modules = modules_of(self.node)
@@ -128,18 +133,19 @@ class _Attempt:
     def run(self, layer: int) -> AttentionSite:
         core = self._core(self.node, self.graph)
         self.done.append("core")
-        q, k, v = (self._path(side, core[side], self.graph) for side in "qkv")
+        q, k, v = (self._path(side, core, self.graph) for side in "qkv")
         self._check_paths(q, k, v)
         assert q.linear and k.linear and v.linear
         o = self._output(core["out"])
         boundary = self._owner(core["out"], (q.linear, k.linear, v.linear), o)
+        hidden, memory = self._sizes(core, boundary)
         heads, rows = self._heads(core, q, k, v, boundary)
         self._order(o, core["out"], boundary, heads["q"])
         count = len(rows["q"])
         mask, alibi = self._mask(count)
         self._same_at_every_length(q, k)
-        hidden = shape(boundary.hidden)
-        assert hidden is not None
+        if memory is not None:
+            self._check_cross(mask, q)
         return AttentionSite(
             fqn=boundary.owner,
             layer=layer,
@@ -147,14 +153,14 @@ class _Attempt:
             k=k.linear.projection(rows["k"].flatten()),
             v=v.linear.projection(rows["v"].flatten()),
             o=_whole(o),
-            hidden_size=hidden[-1],
+            hidden_size=hidden,
             heads=count,
             kv_heads=len(rows["k"]),
             head_dim=rows["q"].shape[1],
             v_head_dim=rows["v"].shape[1],
             scale=core["scale"] * q.scale * k.scale,
             mask=mask,
-            call=CallContract(hidden=ArgPath(position=0)),
+            call=CallContract(hidden=ArgPath(position=0), time_first=self.view.time_first),
             rope=q.rope,
             q_norm=self._norm("q", q, rows["q"]),
             k_norm=self._norm("k", k, rows["k"]),
@@ -164,6 +170,8 @@ class _Attempt:
             alibi=alibi,
             dropout=core["dropout"],
             anchor=self.node.name,
+            kind="self" if memory is None else "cross",
+            memory_size=memory,
             source=source_of(self.node),
         )
 
@@ -174,8 +182,10 @@ class _Attempt:
             raise _Stop("scores", result.reason, result.node)
         return dict(result.facts)
 
-    def _path(self, side: str, start: fx.Node, graph: CapturedGraph) -> Path:
-        path = walk_path(start, self.patterns.path, graph)
+    def _path(self, side: str, core: dict[str, Any], graph: CapturedGraph) -> Path:
+        view = _sized(graph, core)
+        view = view if side == "q" else view.sized(length=view.key_length)
+        path = walk_path(core[side], self.patterns.path, view)
         if isinstance(path, Refused):
             raise _Stop(side, path.reason, path.node)
         if graph is self.graph:
@@ -202,7 +212,6 @@ class _Attempt:
         return linear
 
     def _owner(self, out: fx.Node, inputs: tuple[Linear, ...], o: Linear) -> Boundary:
-        # The mask comes first in the message where it says more: an encoder's owner often does more than attention.
         owner = find_owner([out, self.node, o.out, *(linear.out for linear in inputs)])
         if owner is None:
             raise _Stop("owner", "the projections and the core belong to no common module", self.node)
@@ -212,17 +221,35 @@ class _Attempt:
         if len(cores) > 1:
             reason = f"{owner!r} runs {len(cores)} attentions in one forward pass (it is shared, or does several)"
             raise _Stop("owner", reason, self.node)
-        boundary = find_boundary(owner, inputs[0], o, self.graph)
+        boundary = find_boundary(owner, inputs, o, self.graph)
         if isinstance(boundary, Refused):
-            with contextlib.suppress(MaskRefused):
-                self._refuse_encoder()
             raise _Stop("owner", boundary.reason, boundary.node)
         self.done.append("owner")
         return boundary
 
-    def _refuse_encoder(self) -> None:
-        if classify(self._tables()).kind == "bidirectional":
-            raise _Stop("mask", _BIDIRECTIONAL, self.node)
+    def _sizes(self, core: dict[str, Any], boundary: Boundary) -> tuple[int, int | None]:
+        """Widths of the hidden states and of the memory; sets `view`, the graph with the site's own token counts."""
+        view, hidden = _sized(self.graph, core), shape(boundary.hidden)
+        if hidden is None or len(hidden) != 3 or view.length not in hidden[:2]:
+            reason = f"the owner reads hidden states {hidden} for {view.length} queries, expected [batch, time, hidden]"
+            raise _Stop("owner", reason, boundary.hidden)
+        time_first = hidden[1] != view.length
+        batch = hidden[1] if time_first else hidden[0]
+        self.view = view.sized(length=view.length, keys=view.key_length, batch=batch, time_first=time_first)
+        if boundary.memory is None:
+            return hidden[-1], None
+        memory = shape(boundary.memory)
+        wanted = (view.key_length, batch) if time_first else (batch, view.key_length)
+        if memory is None or memory[:-1] != wanted:
+            reason = f"keys and values are made of a tensor {memory}, expected {list(wanted)} and a width"
+            raise _Stop("owner", reason, boundary.memory)
+        return hidden[-1], memory[-1]
+
+    def _check_cross(self, mask: Mask, q: Path) -> None:
+        if mask.kind != "bidirectional":
+            raise _Stop("mask", f"a cross-attention under a {mask.kind} mask", self.node)
+        if q.rope is not None:
+            raise _Stop("rope", "a cross-attention whose queries and keys are rotated", self.node)
 
     def _heads(
         self, core: dict[str, Any], q: Path, k: Path, v: Path, boundary: Boundary
@@ -231,10 +258,12 @@ class _Attempt:
         for side, path in (("q", q), ("k", k), ("v", v)):
             assert path.linear is not None
             flipped = side == "k" and core["k_transposed"]
+            entry, view = boundary.hidden, self.view
+            if side != "q":
+                entry = boundary.memory or boundary.hidden
+                view = view.sized(length=view.key_length, batch=view.batch, time_first=view.time_first)
             try:
-                heads[side] = trace_heads(
-                    path.linear, boundary.hidden, core[side], path.same, self.graph, transposed=flipped
-                )
+                heads[side] = trace_heads(path.linear, entry, core[side], path.same, view, transposed=flipped)
             except HeadsRefused as refused:
                 raise _Stop(side, str(refused), path.linear.out) from refused
         count = len(heads["q"].rows)
@@ -251,7 +280,7 @@ class _Attempt:
         return heads, rows
 
     def _order(self, o: Linear, out: fx.Node, boundary: Boundary, q: Heads) -> None:
-        reason = check_order(o, out, boundary.last, q.batch_of, len(q.rows), self.graph)
+        reason = check_order(o, out, boundary.last, q.batch_of, len(q.rows), self.view)
         if reason is not None:
             raise _Stop("output", reason, o.out)
 
@@ -260,9 +289,11 @@ class _Attempt:
         tables = []
         for node, graph in zip(self.nodes, self.graphs, strict=True):
             core = self._core(node, graph)
-            key = ("mask", core["causal"], *core["mask"])
+            view = _sized(graph, core)
+            view = view.sized(length=view.length, keys=view.key_length, batch=self.view.batch)
+            key = ("mask", view.batch, view.length, view.keys, core["causal"], *core["mask"])
             if key not in graph.known:
-                graph.known[key] = evaluate_mask(core["mask"], core["causal"], graph)
+                graph.known[key] = evaluate_mask(core["mask"], core["causal"], view)
             tables.append(graph.known[key])
         return tables
 
@@ -273,10 +304,15 @@ class _Attempt:
             alibi = alibi_slopes(tables[0], heads)
         except MaskRefused as refused:
             raise _Stop("mask", str(refused), self.node) from refused
-        if mask.kind == "bidirectional":
-            raise _Stop("mask", _BIDIRECTIONAL, self.node)
-        longest = max(g.length for g in self.graphs)
-        hints = length_hints(self._core(self.nodes[0], self.graph)["mask"], self.graph)
+        lengths = {t.seen.shape for t in tables}
+        if mask.kind != "bidirectional" and len(lengths) == 1:
+            reason = (
+                f"the model was captured at one length only ({tables[0].seen.shape[0]} tokens): whether the mask is "
+                f"{mask.kind} at every length cannot be told"
+            )
+            raise _Stop("mask", reason, self.node)
+        longest = max(t.seen.shape[1] for t in tables)
+        hints = length_hints(self._core(self.nodes[0], self.graph)["mask"], self.view)
         if mask.kind == "causal" and any(longest <= h < self.graphs[-1].limit for h in hints):
             reason = f"the mask uses a constant {max(hints)}, beyond the longest length that was evaluated ({longest})"
             raise _Stop("mask", reason, self.node)
@@ -303,7 +339,7 @@ class _Attempt:
         first = self._core(self.node, self.graph)
         for node, graph in zip(self.nodes[1:], self.graphs[1:], strict=True):
             core = self._core(node, graph)
-            other_q, other_k = self._path("q", core["q"], graph), self._path("k", core["k"], graph)
+            other_q, other_k = self._path("q", core, graph), self._path("k", core, graph)
             if not _close(other_q.rope, q.rope) or not _close(other_k.rope, k.rope):
                 raise _Stop("rope", "the rotary frequencies depend on the length", node)
             scales = (core["scale"], other_q.scale, other_k.scale, core.get("softcap"))

@@ -8,6 +8,7 @@ numbered entries through it, so every spelling of a fused or repeated projection
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -76,6 +77,9 @@ class CapturedGraph:
     `weights` maps placeholder names to qualified parameter or buffer names; `values` holds the tensors behind
     placeholders (weights, buffers, constants, and the closed inputs such as the padding mask); `data` names the
     placeholders that carry what the model reads. `limit`: the longest input that the model takes.
+
+    `batch` and `length` are the model's; one attention's own may be others: `sized` gives the graph as that site sees
+    it, with `keys` beside `length` queries and `time_first` where its hidden states are [T, B, D].
     """
 
     module: fx.GraphModule
@@ -85,6 +89,8 @@ class CapturedGraph:
     batch: int
     length: int
     limit: int = 2**31
+    keys: int | None = None
+    time_first: bool = False
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
     _memo: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
     _order: dict[fx.Node, int] = field(default_factory=dict, repr=False)
@@ -109,6 +115,31 @@ class CapturedGraph:
             return False
         inputs = node.all_input_nodes[:1] if node.target in FIRST_ONLY else node.all_input_nodes
         return any(n in self._open for n in inputs)
+
+    def sized(
+        self, *, length: int, batch: int | None = None, keys: int | None = None, time_first: bool = False
+    ) -> CapturedGraph:
+        """The same graph with another batch, query and key count (`keys` None: as `length`). Shares all it knows."""
+        view = copy.copy(self)
+        own = {
+            "length": length,
+            "batch": self.batch if batch is None else batch,
+            "keys": keys,
+            "time_first": time_first,
+        }
+        for name, value in own.items():
+            object.__setattr__(view, name, value)
+        return view
+
+    @property
+    def key_length(self) -> int:
+        """How many keys a query could see."""
+        return self.length if self.keys is None else self.keys
+
+    def token_numbers(self) -> Tensor:
+        """int [B, T, 1] (or [T, B, 1] when `time_first`): row · length + token."""
+        numbers = torch.arange(self.batch * self.length).reshape(self.batch, self.length, 1)
+        return numbers.transpose(0, 1) if self.time_first else numbers
 
     @property
     def nodes(self) -> list[fx.Node]:

@@ -30,9 +30,10 @@ class Heads:
 def hidden_numbers(linear: Linear, hidden: fx.Node, graph: CapturedGraph) -> Tensor:
     """int [..., outputs]: token · outputs + output, for each entry of the projection's output."""
     dims = shape(hidden)
-    if dims is None or len(dims) != 3 or dims[:2] != (graph.batch, graph.length):
+    tokens = graph.token_numbers()
+    if dims is None or len(dims) != 3 or dims[:2] != tokens.shape[:2]:
         raise HeadsRefused(f"the projection's input has shape {dims}, expected [batch, time, hidden]")
-    tokens = torch.arange(graph.batch * graph.length).reshape(graph.batch, graph.length, 1).expand(dims)
+    tokens = tokens.expand(dims)
     try:
         moved = graph.trace(hidden, tokens, linear.x, {})
     except NotLayout as stop:

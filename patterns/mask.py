@@ -17,7 +17,7 @@ _HIDDEN = -1e4
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTable:
-    """`seen` bool [T, T] (query, key); `bias` [H or 1, T, T], what is added to the scores that are seen, or None."""
+    """`seen` bool [T, S] (query, key); `bias` [H or 1, T, S], what is added to the scores that are seen, or None."""
 
     seen: Tensor
     bias: Tensor | None
@@ -28,15 +28,14 @@ class MaskRefused(Exception):
 
 
 def evaluate_mask(terms: Sequence[MaskTerm], causal: bool, graph: CapturedGraph) -> MaskTable:
-    """The mask that the terms make at the graph's length, with nothing padded."""
-    length = graph.length
-    seen = torch.ones(1, 1, length, length, dtype=torch.bool)
+    """The mask that the terms make at the graph's lengths, with nothing padded."""
+    seen = torch.ones(1, 1, graph.length, graph.key_length, dtype=torch.bool)
     if causal:
         seen = seen.tril()
     bias: Tensor | None = None
     for term in terms:
         value = graph.evaluate(term.node)
-        if term.flat and value.dim() == 3 and value.shape[0] > 1:
+        if term.flat and value.dim() == 3 and value.shape[0] > 1 and value.shape[0] % graph.batch == 0:
             value = value.unflatten(0, (graph.batch, -1))
         value = _four_dims(value, graph)
         if term.kind == "add":
@@ -55,11 +54,10 @@ def _four_dims(value: Tensor, graph: CapturedGraph) -> Tensor:
         value = value[None]
     if value.dim() > 4:
         value = value.flatten(1, -3)
-    length = graph.length
-    rows, columns = value.shape[-2:]
-    if rows not in (1, length) or columns not in (1, length):
-        raise MaskRefused(f"a mask of shape {tuple(value.shape)} at length {length}")
-    return value.expand(*value.shape[:2], length, length)
+    size = (graph.length, graph.key_length)
+    if any(own not in (1, wanted) for own, wanted in zip(value.shape[-2:], size, strict=True)):
+        raise MaskRefused(f"a mask of shape {tuple(value.shape)} for {size[0]} queries and {size[1]} keys")
+    return value.expand(*value.shape[:2], *size)
 
 
 def _table(seen: Tensor, bias: Tensor | None) -> MaskTable:
@@ -77,7 +75,7 @@ def _table(seen: Tensor, bias: Tensor | None) -> MaskTable:
 def classify(tables: Sequence[MaskTable]) -> Mask:
     """The one kind that explains the tables of every length. Raises `MaskRefused` when none does."""
     for candidate in _candidates(max(tables, key=lambda t: t.seen.shape[0]).seen):
-        if all(torch.equal(expected(candidate, t.seen.shape[0]), t.seen) for t in tables):
+        if all(torch.equal(expected(candidate, t.seen.shape[0], keys=t.seen.shape[1]), t.seen) for t in tables):
             return candidate
     raise MaskRefused(
         "the mask is neither causal, a window, chunked nor bidirectional at lengths "
@@ -85,11 +83,14 @@ def classify(tables: Sequence[MaskTable]) -> Mask:
     )
 
 
-def expected(mask: Mask, length: int, start: int = 0) -> Tensor:
-    """bool [T, T]: which keys (columns) each query (row) sees; chunks are counted from the token `start`."""
-    j, i = torch.arange(length)[None, :] - start, torch.arange(length)[:, None] - start
+def expected(mask: Mask, length: int, start: int = 0, *, keys: int | None = None) -> Tensor:
+    """bool [T, S]: which keys (columns) each query (row) sees; chunks are counted from the token `start`.
+
+    Query t stands at key t. `keys` None: as many as queries.
+    """
+    j, i = torch.arange(length if keys is None else keys)[None, :] - start, torch.arange(length)[:, None] - start
     if mask.kind == "bidirectional":
-        return torch.ones(length, length, dtype=torch.bool)
+        return torch.ones(length, j.shape[1], dtype=torch.bool)
     seen = j <= i
     if mask.kind == "window":
         seen = seen & (i - j < (mask.window or length))
@@ -116,7 +117,9 @@ def alibi_slopes(table: MaskTable, heads: int) -> tuple[float, ...] | None:
     """
     if table.bias is None:
         return None
-    length = table.seen.shape[0]
+    length, keys = table.seen.shape
+    if length != keys:
+        raise MaskRefused("a bias on the scores of a cross-attention")
     bias = table.bias.expand(heads, length, length).double()
     j = torch.arange(length).double()
     slopes = (bias[:, -1, -1] - bias[:, -1, 0]) / (length - 1) if bool(table.seen[-1, 0]) else None
@@ -145,4 +148,4 @@ def length_hints(terms: Sequence[MaskTerm], graph: CapturedGraph) -> set[int]:
                 hints.add(int(value))
         hints.update(a for a in node.args if isinstance(a, int) and not isinstance(a, bool))
         stack.extend(node.all_input_nodes)
-    return {abs(h) for h in hints if graph.length < abs(h) < 2**31}
+    return {abs(h) for h in hints if max(graph.length, graph.key_length) < abs(h) < 2**31}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ def check_order(
     if not bool((tokens == tokens[..., :1]).all()):
         return "the output projection mixes tokens"
     left = graph.trace(linear.out, tokens[..., :1].expand(*tokens.shape[:-1], linear.outputs), last, {})
-    wanted = torch.arange(graph.batch * graph.length).reshape(graph.batch, graph.length, 1)
+    wanted = graph.token_numbers()
     if left.dim() != 3 or left.shape[:2] != wanted.shape[:2] or not bool((left == wanted).all()):
         return f"the owner returns its output as {tuple(left.shape)}, expected [batch, time, hidden]"
     return None
@@ -90,11 +91,15 @@ def check_order(
 
 @dataclass(frozen=True, kw_only=True)
 class Boundary:
-    """The owner module seen in the graph: `hidden` comes in, `last` goes out."""
+    """The owner module seen in the graph: `hidden` comes in, `last` goes out.
+
+    `memory`: what keys and values are made of where that is not `hidden` (cross-attention).
+    """
 
     owner: str
     hidden: fx.Node
     last: fx.Node
+    memory: fx.Node | None = None
 
 
 def find_owner(nodes: list[fx.Node]) -> str | None:
@@ -104,15 +109,19 @@ def find_owner(nodes: list[fx.Node]) -> str | None:
     return common[-1] if common else None
 
 
-def find_boundary(owner: str, q: Linear, o: Linear, graph: CapturedGraph) -> Boundary | Refused:
-    """What enters and leaves the owner; refused when that is more than one attention."""
+def find_boundary(owner: str, inputs: Sequence[Linear], o: Linear, graph: CapturedGraph) -> Boundary | Refused:
+    """What enters and leaves the owner; refused when that is more than one attention. `inputs`: q, k, v."""
     inside = [n for n in graph.nodes if n.op == "call_function" and owner in modules_of(n) and graph.is_open(n)]
     members = set(inside)
-    hidden = q.x
-    while hidden in members and hidden.target in LAYOUT | CAST and len(graph.open_inputs(hidden)) == 1:
-        hidden = graph.open_inputs(hidden)[0]
-    if hidden in members:
-        return Refused(f"the owner {owner!r} does more than attention: {op_name(hidden)} before the projection", hidden)
+    entries = [_entry(linear, members, graph) for linear in inputs]
+    for entry in entries:
+        if entry in members:
+            return Refused(
+                f"the owner {owner!r} does more than attention: {op_name(entry)} before the projection", entry
+            )
+    hidden, memory, values = entries
+    if memory is not values:
+        return Refused(f"the keys are made of {memory.name}, the values of {values.name}", values)
     last = o.out
     while True:
         users = [u for u in readers(last) if u in members]
@@ -123,8 +132,16 @@ def find_boundary(owner: str, q: Linear, o: Linear, graph: CapturedGraph) -> Bou
         last = users[0]
     for node in inside:
         for value in graph.open_inputs(node):
-            if value not in members and value is not hidden:
+            if value not in members and value is not hidden and value is not memory:
                 return Refused(f"the owner {owner!r} also reads {value.name}", node)
         if node is not last and any(u not in members for u in readers(node)):
             return Refused(f"the owner {owner!r} also returns {op_name(node)}", node)
-    return Boundary(owner=owner, hidden=hidden, last=last)
+    return Boundary(owner=owner, hidden=hidden, last=last, memory=None if memory is hidden else memory)
+
+
+def _entry(linear: Linear, members: set[fx.Node], graph: CapturedGraph) -> fx.Node:
+    """The tensor that comes into the owner for a projection: the last one on the way in that a movement explains."""
+    entry = linear.x
+    while entry in members and entry.target in LAYOUT | CAST and len(graph.open_inputs(entry)) == 1:
+        entry = graph.open_inputs(entry)[0]
+    return entry
