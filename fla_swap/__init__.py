@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from fla_swap.errors import FlaSwapError
     from fla_swap.inspection import inspect
+    from fla_swap.patterns.plugins import installed_recognisers
     from fla_swap.planning import Rule, load_plan, plan, save_plan
     from fla_swap.swapping import original_attention, restore_, swap_
     from fla_swap.types import AttentionReport, AttentionSite, NearMiss, SwapPlan
@@ -48,6 +49,7 @@ __all__ = [
     "distill",
     "held_out_loss",
     "inspect",
+    "installed_recognisers",
     "load",
     "load_plan",
     "mixers",
@@ -77,6 +79,7 @@ _SOURCES = {
     ),
     "errors": ("FlaSwapError",),
     "inspection": ("inspect",),
+    "patterns.plugins": ("installed_recognisers",),
     "planning": ("Rule", "load_plan", "plan", "save_plan"),
     "swapping": ("original_attention", "restore_", "swap_"),
     "types": ("AttentionReport", "AttentionSite", "NearMiss", "SwapPlan"),

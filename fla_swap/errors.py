@@ -17,6 +17,10 @@ class CaptureError(FlaSwapError):
     """The model could not be exported to a graph."""
 
 
+class RecogniserError(FlaSwapError, ValueError):
+    """A recogniser that a user or an installed package brought is not one, or failed. Says whose it is."""
+
+
 class NoAttentionFound(FlaSwapError):
     """`inspect(strict=True)` found no attention site. The report, with the near misses, is in `.report`."""
 

@@ -42,7 +42,8 @@ def inspect(
         model: any nn.Module with weights; it is exported and called, and left as it was.
         example_inputs: for a model whose forward does not take `input_ids`: one call's arguments (a mapping, a sequence
             or a tensor), tensors [B, T, …]. They are repeated or cut to other lengths.
-        patterns: recognisers of your own, tried before the built-in ones.
+        patterns: recognisers of your own, tried before the built-in ones. None: those of installed packages (entry
+            points of the group "fla_swap.recognisers"); so `patterns=()` leaves the built-in ones alone.
         strict: raise NoAttentionFound (the report is in `.report`) when there is no site.
         verify: prove the sites; without it they are returned with `proved=False`.
     Raises:
@@ -85,7 +86,7 @@ def _nothing_found(report: AttentionReport) -> str:
 class _Inspection:
     def __init__(self, model: nn.Module, example: Example | None, patterns: Iterable[Recogniser] | None):
         self.model, self.example = model, example
-        self.catalogue = catalogue(patterns or ())
+        self.catalogue = catalogue(patterns)
         self.longest = 0
 
     def match(self) -> MatchResult:

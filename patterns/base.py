@@ -42,7 +42,11 @@ ABSENT = Absent()
 
 
 class Recogniser(Protocol):
-    """`slot`: "core" (starts a match), "scores" (softmax back to q kᵀ) or "path" (core back to a projection)."""
+    """`slot`: "core" (starts a match), "scores" (softmax back to q kᵀ) or "path" (core back to a projection).
+
+    `match` is asked at one node and looks backwards from there. What `Found.facts` may hold is in `FACTS`; a step that
+    changes nothing which a site would have to say has none.
+    """
 
     @property
     def name(self) -> str: ...
@@ -54,3 +58,15 @@ class Recogniser(Protocol):
 
 
 SLOTS = ("core", "scores", "path")
+
+FACTS: Mapping[str, frozenset[str]] = {
+    "core": frozenset({"q", "k", "v", "out", "k_transposed", "scale", "mask", "causal", "dropout", "softcap", "sinks"}),
+    "scores": frozenset({"scale", "mask", "softcap", "sinks"}),
+    "path": frozenset({"scale", "rope", "norm", "projection"}),
+}
+"""What the facts of each slot may be called.
+
+core: the nodes of `q`, `k`, `v` and of the attention's output `out`; whether k arrives as [..., K, T]; the score's
+`scale`; `mask`, a list of MaskTerm; `causal`; `dropout`. scores: a factor `scale`, terms of the `mask`, `softcap`,
+`sinks` (WeightRef). path: a factor `scale`, `rope` (Rope), `norm` (NormFacts), `projection` (Linear; it ends the path).
+"""

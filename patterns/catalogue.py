@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fla_swap.patterns.base import SLOTS, Recogniser
+from fla_swap.errors import RecogniserError
+from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.core import FusedCore, SoftmaxCore
 from fla_swap.patterns.norm import QKNorm
 from fla_swap.patterns.path import Factor
+from fla_swap.patterns.plugins import checked, installed_recognisers
 from fla_swap.patterns.projection import Project
 from fla_swap.patterns.rope import Rotary
 from fla_swap.patterns.scores import Floor, Mask, Scale, Softcap
@@ -27,12 +29,12 @@ class Catalogue:
     path: tuple[Recogniser, ...]
 
 
-def catalogue(extra: Iterable[Recogniser] = ()) -> Catalogue:
-    """The built-in recognisers with the user's own before them. Duplicate names in a slot, and unknown slots, raise."""
-    own = list(extra)
-    for recogniser in own:
-        if recogniser.slot not in SLOTS:
-            raise ValueError(f"recogniser {recogniser.name!r} has slot {recogniser.slot!r}; the slots are {SLOTS}")
+def catalogue(extra: Iterable[Recogniser] | None = None) -> Catalogue:
+    """The built-in recognisers with a user's own before them: `extra`, or those of installed packages when it is None.
+
+    Raises RecogniserError for what is no recogniser, for an unknown slot, and for two of one name in a slot.
+    """
+    own = list(installed_recognisers() if extra is None else (checked(r, "patterns=") for r in extra))
     scores = _unique("scores", own, SCORES)
     builtin = (FusedCore(), SoftmaxCore(scores=scores))
     return Catalogue(cores=_unique("core", own, builtin), scores=scores, path=_unique("path", own, PATH))
@@ -42,5 +44,5 @@ def _unique(slot: str, own: list[Recogniser], builtin: tuple[Recogniser, ...]) -
     together = (*(r for r in own if r.slot == slot), *builtin)
     names = [r.name for r in together]
     if len(set(names)) != len(names):
-        raise ValueError(f"two recognisers for slot {slot!r} have the same name: {sorted(names)}")
+        raise RecogniserError(f"two recognisers for slot {slot!r} have the same name: {sorted(names)}")
     return together

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from fla_swap.capture import capture
 from fla_swap.patterns.base import Absent, Found, Refused
-from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.graph import CapturedGraph, source_of
 from fla_swap.patterns.norm import QKNorm
 from fla_swap.patterns.path import Factor
@@ -229,18 +228,3 @@ def test_projection_near_misses() -> None:
 def test_nodes_know_their_source_line() -> None:
     graph = graph_of(lambda m, x: x.sin(), 8)
     assert "test_recognisers.py:" in source_of(last(graph))
-
-
-def test_own_recognisers_come_first_and_names_are_unique() -> None:
-    class Mine:
-        name, slot = "mine", "path"
-
-        def match(self, node: Any, graph: CapturedGraph) -> Absent:
-            return Absent()
-
-    assert catalogue([Mine()]).path[0].name == "mine"
-    with pytest.raises(ValueError, match="same name"):
-        catalogue([Mine(), Mine()])
-    Mine.slot = "nowhere"
-    with pytest.raises(ValueError, match="slots are"):
-        catalogue([Mine()])
