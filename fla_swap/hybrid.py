@@ -69,6 +69,7 @@ class SwappedAttention(nn.Module):
             return self._original[0](*args, **kwargs)
         call = self.call
         hidden = fetch(call.hidden, args, kwargs)
+        hidden = hidden.transpose(0, 1) if call.time_first else hidden
         mask = fetch(call.mask, args, kwargs)
         cache = fetch(call.cache, args, kwargs)
         cos, sin = fetch(call.cos, args, kwargs), fetch(call.sin, args, kwargs)
@@ -81,7 +82,9 @@ class SwappedAttention(nn.Module):
             mixed = self._with_keys(hidden, mask, cache, packed, where)
         else:
             mixed = self._with_state(hidden, mask, cache, packed, where)
-        return self._pack(mixed)
+        mixed = mixed.transpose(0, 1) if call.time_first else mixed
+        residual = fetch(call.residual, args, kwargs)
+        return self._pack(mixed if residual is None else residual + mixed)
 
     def _pack(self, mixed: Tensor) -> Any:
         call = self.call
@@ -161,8 +164,9 @@ class SwappedAttention(nn.Module):
         self.mixer(cut(hidden), state=state, **{n: cut(v) for n, v in arguments.items()})
 
     def _place(self, where: dict[str, Any], seen: Any, hidden: Tensor) -> None:
-        """Positions after `seen` tokens, for a mixer that rotates and is told no position."""
-        if self.site.rope is not None and where["positions"] is None and where["cos_sin"] is None:
+        """Positions after `seen` tokens, for a mixer that needs them and is told none."""
+        needs = self.site.temperature is not None or (self.site.rope is not None and where["cos_sin"] is None)
+        if needs and where["positions"] is None:
             where["positions"] = torch.arange(hidden.shape[1], device=hidden.device)[None] + seen
 
     def _starts_from_positions(self, mask: Any, cache: Any, where: dict[str, Any]) -> Tensor | None:

@@ -54,7 +54,7 @@ def plan(
         keep: layers that stay as they are, among those that `mixer` would take: a fraction ("1/4", 0.25; spread
             uniformly, see `uniform_layers`), a sequence of layer numbers, or 0 for none.
         rules: exceptions by name; a site that a rule matches is swapped, whatever `keep` says. Without `mixer`, the
-            sites that no rule matches stay.
+            sites that no rule matches stay. Cross-attention always stays.
         local: also swap the layers that are windowed already; else they stay, and the fraction does not count them.
     Raises:
         PlanError: a rule matches nothing, a layer does not exist, nothing is swapped, a mixer cannot take a site.
@@ -65,7 +65,7 @@ def plan(
         raise PlanError("`options` belong to `mixer`, which is not given; a rule takes a mixer's config instead")
     if not report.sites:
         raise PlanError(f"the report of {report.model} holds no attention site: nothing to plan")
-    open_sites = [s for s in report.sites if local or s.mask.kind not in WINDOWED]
+    open_sites = [s for s in report.sites if s.kind == "self" and (local or s.mask.kind not in WINDOWED)]
     chosen = _sites_of_rules(report.sites, open_sites, rules or ())
     if mixer is not None:
         free = [s for s in open_sites if s.fqn not in chosen]
@@ -169,6 +169,11 @@ def _sites_of_rules(
         matched = [s for s in sites if fnmatchcase(s.fqn, rule.pattern)]
         if not matched:
             raise PlanError(f"rule {rule.pattern!r} matches no attention site; the sites are {[s.fqn for s in sites]}")
+        if all(s.kind != "self" for s in matched):
+            raise PlanError(
+                f"rule {rule.pattern!r} matches only cross-attention ({[s.fqn for s in matched]}): its keys and values "
+                "come from another sequence, so that there is no state to keep, and no mixer replaces it"
+            )
         if not any(s in open_sites for s in matched):
             raise PlanError(
                 f"rule {rule.pattern!r} matches only layers that are windowed already ({[s.fqn for s in matched]}); "
@@ -217,6 +222,8 @@ def _fraction(keep: str | float | Fraction) -> Fraction:
 
 
 def _nothing_to_swap(sites: Sequence[AttentionSite], open_sites: Sequence[AttentionSite], keep: Keep) -> str:
+    if all(s.kind != "self" for s in sites):
+        return f"all {len(sites)} attention layers are cross-attention, which no mixer replaces"
     if not open_sites:
         return f"all {len(sites)} attention layers are windowed already; local=True swaps them too"
     return f"the plan swaps no layer: keep={keep!r} keeps all of {[s.layer for s in open_sites]}"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fla_swap.errors import FlaSwapError, SwapError
 from fla_swap.hybrid import SwappedAttention, become_hybrid, become_plain, install
 from fla_swap.mixers import mixer_class
-from fla_swap.types import AttentionSite, LayerPlan, Projection, SwapPlan
+from fla_swap.types import AttentionSite, LayerPlan, Projection, SwapPlan, WeightRef
 
 
 def swap_(model: nn.Module, plan: SwapPlan, *, keep_originals: bool = True) -> nn.Module:
@@ -101,6 +101,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _build(model: nn.Module, layer: LayerPlan, weights: Mapping[str, Tensor], keep_original: bool) -> SwappedAttention:
     site = layer.site
+    _check_place(site)
     try:
         original = model.get_submodule(site.fqn)
     except AttributeError as error:
@@ -115,26 +116,46 @@ def _build(model: nn.Module, layer: LayerPlan, weights: Mapping[str, Tensor], ke
     return SwappedAttention(site, mixer, original, keep_original=keep_original)
 
 
+def _check_place(site: AttentionSite) -> None:
+    if site.place != "module":
+        raise SwapError(
+            f"{site.fqn} has no module of its own ({site.source}): only fs.rewrite can put a mixer there; "
+            "plan without it"
+        )
+    if site.kind != "self":
+        raise SwapError(f"{site.fqn} is a {site.kind}-attention, which keeps no state that a mixer could replace")
+
+
 def _check_weights(site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
     """Every projection of the site exists in this model and has the shape that the plan states."""
-    expected = {
+    width = site.heads * site.v_head_dim
+    expected: dict[str, tuple[Projection, int, int]] = {
         "q": (site.q, site.heads * site.head_dim, site.hidden_size),
         "k": (site.k, site.kv_heads * site.head_dim, site.hidden_size),
         "v": (site.v, site.kv_heads * site.v_head_dim, site.hidden_size),
-        "o": (site.o, site.hidden_size, site.heads * site.v_head_dim),
     }
+    if site.o is not None:
+        expected["o"] = (site.o, site.hidden_size, width)
+    if site.gate is not None:
+        expected["gate"] = (site.gate.projection, site.heads if site.gate.per_head else width, site.hidden_size)
     for name, (projection, rows, columns) in expected.items():
-        found = _shape(projection, weights, site.fqn)
+        found = _shape(projection.weight, weights, site.fqn)
         if found != (rows, columns):
             raise SwapError(
                 f"the plan is for another model: {name} of {site.fqn} ({projection.weight.name}) is {list(found)} "
                 f"here, the plan says {[rows, columns]}"
             )
+        for adapter in projection.adapters:
+            up, down = (_shape(ref, weights, site.fqn) for ref in (adapter.up, adapter.down))
+            if up[0] != rows or down[1] != columns or up[1] != down[0]:
+                raise SwapError(
+                    f"the plan is for another model: the adapter of {name} of {site.fqn} ({adapter.up.name}) is "
+                    f"{list(up)} × {list(down)} here, the plan says {[rows, columns]}"
+                )
 
 
-def _shape(projection: Projection, weights: Mapping[str, Tensor], fqn: str) -> tuple[int, int]:
-    """[out, in] of a projection in this model."""
-    ref = projection.weight
+def _shape(ref: WeightRef, weights: Mapping[str, Tensor], fqn: str) -> tuple[int, int]:
+    """[out, in] of a stored matrix in this model."""
     if ref.name not in weights:
         raise SwapError(f"the plan is for another model: {fqn} has no weight {ref.name!r} here")
     shape = tuple(weights[ref.name].shape)

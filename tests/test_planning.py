@@ -148,6 +148,18 @@ def test_a_mixer_that_cannot_take_a_site_fails_at_plan_time_and_names_it(report)
         plan(odd, mixer="toy", keep=0)
 
 
+def test_cross_attention_stays_and_is_refused_by_name(report):
+    crossing = dataclasses.replace(report.sites[3], kind="cross", mask=Mask(kind="bidirectional"), memory_size=32)
+    mixed = dataclasses.replace(report, sites=(*report.sites[:3], crossing, *report.sites[4:]))
+    result = plan(mixed, mixer="toy", keep=0)
+    assert swapped(result) == [0, 1, 2, 4, 5, 6, 7] and result.kept == (crossing.fqn,)
+    assert swapped(plan(mixed, rules=[Rule("model.layers.[23].*", "toy")])) == [2]
+    with pytest.raises(PlanError, match=r"'model.layers.3.*' matches only cross-attention .* another sequence"):
+        plan(mixed, rules=[Rule("model.layers.3.*", "toy")])
+    with pytest.raises(PlanError, match="all 1 attention layers are cross-attention"):
+        plan(dataclasses.replace(report, sites=(crossing,)), mixer="toy", keep=0)
+
+
 def test_a_report_without_sites_cannot_be_planned(report):
     with pytest.raises(PlanError, match="no attention site"):
         plan(dataclasses.replace(report, sites=()), mixer="toy")

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from fla_swap import inspect
 from fla_swap.errors import SwapError
 from fla_swap.hybrid import SwappedAttention, fetch, read_mask
+from fla_swap.mixers import Softmax
 from fla_swap.planning import Rule, plan
 from fla_swap.swapping import drop_originals, original_attention, restore_, swap_, swapped_layers
-from fla_swap.types import ArgPath, Projection, WeightRef
+from fla_swap.types import ArgPath, CallContract, Gate, LayerPlan, LowRank, Projection, SwapPlan, WeightRef
 
 FAMILIES = ("llama", "qwen3", "phi3", "gpt2", "mistral")
 TEACHER = Path(__file__).resolve().parent.parent / "examples" / "teacher"
@@ -351,6 +352,44 @@ def test_a_plan_for_another_model_changes_nothing():
         swap_(model, plan(report, mixer="toy", keep=0))
     assert all(module is modules[name] for name, module in model.named_modules())
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_a_site_that_is_no_module_of_its_own_is_refused():
+    model = tiny("llama")
+    site = llama_like_site(model, 0)
+    for change, words in (({"place": "graph"}, "only fs.rewrite"), ({"kind": "cross"}, "cross-attention")):
+        layer = LayerPlan(site=dataclasses.replace(site, **change), mixer="softmax")
+        with pytest.raises(SwapError, match=rf"model\.layers\.0\.self_attn .*{words}"):
+            swap_(model, SwapPlan(layers=(layer,)))
+
+
+def test_gates_and_adapters_of_another_model_are_refused():
+    model = tiny("llama")
+    site, name = llama_like_site(model, 0), "model.layers.0.self_attn.{}_proj.weight"
+    gate = Gate(projection=Projection(weight=WeightRef(name=name.format("k"))))
+    adapter = LowRank(down=WeightRef(name=name.format("k")), up=WeightRef(name=name.format("q")))
+    wrong = {
+        "gate of": dataclasses.replace(site, gate=gate),
+        "the adapter of q": dataclasses.replace(site, q=dataclasses.replace(site.q, adapters=(adapter,))),
+    }
+    for words, changed in wrong.items():
+        with pytest.raises(SwapError, match=f"another model: {words}"):
+            swap_(model, SwapPlan(layers=(LayerPlan(site=changed, mixer="softmax"),)))
+
+
+@torch.no_grad()
+def test_a_residual_is_added_and_time_may_come_first():
+    model = tiny("llama")
+    site = llama_like_site(model, 0)
+    mixer = Softmax.from_attention(site, dict(model.named_parameters()))
+    x, before = torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    call = CallContract(hidden=ArgPath(position=0), residual=ArgPath(position=1))
+    plain = mixer(x)[0]
+    swapped = SwappedAttention(dataclasses.replace(site, call=call), mixer, nn.Identity())
+    torch.testing.assert_close(swapped(x, before), before + plain)
+    first = dataclasses.replace(call, residual=None, time_first=True)
+    swapped = SwappedAttention(dataclasses.replace(site, call=first), mixer, nn.Identity())
+    torch.testing.assert_close(swapped(x.transpose(0, 1)), plain.transpose(0, 1))
 
 
 def test_swapping_twice_and_restoring_nothing_are_errors():

@@ -80,7 +80,7 @@ class Layer:
         self.now = heads
 
     def weight(self) -> Tensor:
-        return self.mixer.o_proj.weight.float()
+        return self.mixer.output_weight().float()
 
     def error(self, *, scaled: bool = False) -> float:
         """Relative error of the output on the judging sequences; `scaled`: with the heads at their best scale."""
@@ -137,13 +137,14 @@ def look_at(model: nn.Module, call: LayerCall) -> Evidence:
     softmax = Softmax.from_attention(module.site, names)
     assert isinstance(softmax, Softmax)
     hidden, kwargs = call.mix_arguments()
-    output, softmax.o_proj = softmax.o_proj, nn.Identity()  # type: ignore[assignment]
+    output, softmax.o_proj = softmax.output_weight(), nn.Identity()
     heads = softmax(hidden, **kwargs)[0].float().unflatten(-1, (softmax.heads, -1))
 
     def identity(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         eye = torch.eye(values.shape[2], device=values.device, dtype=values.dtype)
         return keys, eye.expand(*values.shape[:2], -1, -1)
 
+    softmax.o_norm = softmax.gate_proj = None  # they act on values, not on probabilities
     few = {name: first(value, SEQUENCES_LOOKED_AT, hidden.shape[0]) for name, value in kwargs.items()}
     weights = softmax(hidden[:SEQUENCES_LOOKED_AT], kv_update=identity, **few)[0].float()
     weights = weights.unflatten(-1, (softmax.heads, -1)).transpose(1, 2)  # [S, H, T, T]
@@ -153,7 +154,7 @@ def look_at(model: nn.Module, call: LayerCall) -> Evidence:
     most = (time + 1).log().clamp_min(1e-6)
     return Evidence(
         heads=heads,
-        output=heads.flatten(2) @ output.weight.float().t(),
+        output=heads.flatten(2) @ output.float().t(),
         distance=(weights * away).sum(-1).mean((0, 2)).clamp_min(1.0),
         concentration=(1 - (entropy / most)[..., 1:].mean((0, 2))).clamp(0.05, 0.95),
     )
@@ -244,6 +245,8 @@ def fit_output_map(layer: Layer, error: float) -> float:
     The ridge is the one that does best on the judging sequences; the solution that is kept was fitted to all of them.
     Returns the judged error; W is left alone when that is not below `error`.
     """
+    if not isinstance(layer.mixer.o_proj, nn.Linear):
+        return error
     heads, wanted, parameter = layer.heads().flatten(2), layer.evidence.output, layer.mixer.o_proj.weight
     original = parameter.clone()
     judged: list[tuple[float, float]] = []

@@ -148,7 +148,8 @@ class TokenMixer(nn.Module):
             config = cls.config_class.from_options(options)
         if site.mask.kind not in cls.mask_kinds:
             raise MixerError(
-                f"{site.fqn}: its mask is {site.mask.kind!r}, and {cls.name!r} can replace only {list(cls.mask_kinds)}"
+                f"{site.fqn}: its mask is {site.mask.kind!r}, and {cls.name!r} can replace only {list(cls.mask_kinds)} "
+                "(rules=[fs.Rule(PATTERN, …)] choose the layers)"
             )
         if site.heads % site.kv_heads:
             raise MixerError(f"{site.fqn}: {site.heads} query heads do not divide into {site.kv_heads} key/value heads")
@@ -204,9 +205,13 @@ def read_ref(weights: Mapping[str, Tensor], ref: WeightRef) -> Tensor:
 
 
 def read_projection(weights: Mapping[str, Tensor], projection: Projection) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias [out] or None of a projection."""
+    """Weight [out, in], its adapters merged into it, and bias [out] or None of a projection."""
     bias = None if projection.bias is None else read_ref(weights, projection.bias)
-    return read_ref(weights, projection.weight), bias
+    weight = read_ref(weights, projection.weight)
+    for adapter in projection.adapters:
+        change = wide(read_ref(weights, adapter.up)) @ wide(read_ref(weights, adapter.down))
+        weight = (wide(weight) + adapter.scale * change).to(weight.dtype)
+    return weight, bias
 
 
 def repeat_heads(tensor: Tensor, heads: int, repeats: int) -> Tensor:
@@ -263,15 +268,17 @@ def positions_like(hidden_states: Tensor, offset: Tensor | int = 0) -> Tensor:
 
 
 class HeadNorm(nn.Module):
-    """The norm that a site applies to q or k, rebuilt from its facts (RMS or layer norm, Gemma's weight offset).
+    """The norm that a site applies to q, k, v or its heads' outputs (RMS or layer norm, Gemma's weight offset).
 
-    Acts on [B, T, H, K] over the last dimension, or over all heads together when `across_heads`.
+    Acts on [B, T, H, K] over the last dimension, with weights of its own for each head when `per_head`, or over all
+    heads together when `across_heads`.
     """
 
     def __init__(self, norm: Norm, heads: int, head_dim: int):
         super().__init__()
         self.norm, self.heads = norm, heads
-        size = heads * head_dim if norm.across_heads else head_dim
+        self.apart = norm.across_heads or norm.per_head
+        size = heads * head_dim if self.apart else head_dim
         self.weight = nn.Parameter(torch.ones(size)) if norm.weight is not None else None
         self.bias = nn.Parameter(torch.zeros(size)) if norm.bias is not None else None
 
@@ -282,10 +289,13 @@ class HeadNorm(nn.Module):
             y = y - y.mean(-1, keepdim=True)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.norm.eps)
         if self.weight is not None:
-            y = y * (wide(self.weight) + self.norm.offset)
+            y = y * (self._per_channel(self.weight) + self.norm.offset)
         if self.bias is not None:
-            y = y + wide(self.bias)
+            y = y + self._per_channel(self.bias)
         return y.reshape(shape).to(x.dtype)
+
+    def _per_channel(self, vector: Tensor) -> Tensor:
+        return wide(vector).unflatten(0, (self.heads, -1)) if self.norm.per_head else wide(vector)
 
     def load(self, weights: Mapping[str, Tensor], heads: int | None = None) -> None:
         """Copy the site's norm weights; `heads` when this module has more heads than the site's (GQA expansion)."""
@@ -293,6 +303,6 @@ class HeadNorm(nn.Module):
             if own is None or ref is None:
                 continue
             value = read_ref(weights, ref)
-            if self.norm.across_heads and heads is not None and heads != self.heads:
+            if self.apart and heads is not None and heads != self.heads:
                 value = repeat_heads(value, heads, self.heads // heads)
-            own.copy_(value)
+            own.copy_(value.reshape(own.shape))  # a norm for each head may be stored as [heads, width]

@@ -66,8 +66,8 @@ class RecurrentConfig(HeadsConfig):
 class RecurrentMixer(HeadsMixer):
     """A mixer whose state is a K × V matrix per head, in fp32. Subclasses implement `recur` and their gates.
 
-    State: "recurrent" [N, H, K, V] fp32; "conv" [N, conv_size − 1, C]; "position" int64 [N] when there is RoPE. No
-    gradient flows from one call to the next through it.
+    State: "recurrent" [N, H, K, V] fp32; "conv" [N, conv_size − 1, C]; "position" int64 [N] when they depend on it.
+    No gradient flows from one call to the next through it.
     """
 
     config: RecurrentConfig
@@ -134,7 +134,7 @@ class RecurrentMixer(HeadsMixer):
         if self.conv is not None:
             shape = (batch_size, self.conv.taps - 1, self.conv.weight.shape[0])
             state["conv"] = torch.zeros(shape, device=device, dtype=dtype)
-        if self.rope is not None:
+        if self.counts:
             state["position"] = torch.zeros(batch_size, device=device, dtype=torch.int64)
         return state
 
@@ -174,7 +174,7 @@ class RecurrentMixer(HeadsMixer):
             q, k, v = line.split((q.shape[-1], k.shape[-1], v.shape[-1]), -1)
             if past is not None:
                 _store(state, "conv", past)
-        if self.rope is not None:
+        if self.counts:
             counted, following = token_positions(x, tokens, None if state is None else state["position"])
             _store(state, "position", following)
             positions = counted if positions is None else positions
@@ -196,12 +196,17 @@ class RecurrentMixer(HeadsMixer):
         return self._finish(o, x)
 
     def _finish(self, o: Tensor, x: Tensor) -> Tensor:
-        """Norm, scale and gate, in fp32 or wider; back in o's dtype."""
+        """Norm, scale and gate, in fp32 or wider; back in o's dtype. The site's own norm and gate stand around them.
+
+        The scale comes after the site's norm, which would undo it.
+        """
+        dtype = o.dtype
+        o = o if self.o_norm is None else self.o_norm(o)
         y = head_rms_norm(o, self.config.norm_eps) if self.config.output_norm else wide(o)
         y = y * wide(self.head_scale)
         if self.gate is not None:
             y = y * self.gate(x).unflatten(-1, (self.heads, self.v_head_dim))
-        return y.to(o.dtype)
+        return self.open_gate(y, x).to(dtype)
 
     def _new_state(self, x: Tensor, cu_seqlens: Tensor | None) -> State:
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

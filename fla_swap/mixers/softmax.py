@@ -19,13 +19,17 @@ KeyValueUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxConfig(HeadsConfig):
-    """Softmax attention with everything that a site can state. All of it is taken from the site on a swap."""
+    """Softmax attention with everything that a site can state. All of it is taken from the site on a swap.
+
+    `memory_size`: width of what keys and values are read from in a cross-attention; None: the hidden states.
+    """
 
     scale: float | None = None
     mask: Mask | None = None
     softcap: float | None = None
     sinks: bool | None = None
     alibi: tuple[float, ...] | None = None
+    memory_size: int | None = None
 
 
 class Softmax(HeadsMixer):
@@ -42,6 +46,9 @@ class Softmax(HeadsMixer):
         self.scale = self.head_dim**-0.5 if config.scale is None else config.scale
         self.mask = config.mask or Mask(kind="causal")
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
+        if config.memory_size is not None:
+            self.k_proj = nn.Linear(config.memory_size, self.k_proj.out_features, bias=self.k_proj.bias is not None)
+            self.v_proj = nn.Linear(config.memory_size, self.v_proj.out_features, bias=self.v_proj.bias is not None)
 
     @classmethod
     def site_facts(cls, site: AttentionSite) -> dict[str, Any]:
@@ -51,6 +58,7 @@ class Softmax(HeadsMixer):
             "softcap": site.softcap,
             "sinks": site.sinks is not None,
             "alibi": site.alibi,
+            "memory_size": site.memory_size if site.kind == "cross" else None,
         }
         return super().site_facts(site) | own
 
@@ -72,17 +80,23 @@ class Softmax(HeadsMixer):
         cos_sin: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         kv_update: KeyValueUpdate | None = None,
+        memory: Tensor | None = None,
+        memory_valid: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """As `TokenMixer.forward`; keys and values go through `kv_update` (a cache), not through `state`.
 
         `attention_mask`: bool (True is seen) or additive [B or 1, 1 or H, T, S], when the model made one. Without it
         the mask is built from the config, `valid`, and the documents that `starts` or `cu_seqlens` tell apart.
+        `memory` [B, S, memory_size]: keys and values come from it (cross-attention), all of it seen but where
+        `memory_valid` [B, S] is False.
         """
-        heads = self.to_heads(*self.project(hidden_states), positions, cos_sin)
+        heads = self.to_heads(*self.project(hidden_states, memory), positions, cos_sin)
         q, k, v = (x.transpose(1, 2) for x in heads)
         if kv_update is not None:
             k, v = kv_update(k, v)
-        if attention_mask is None:
+        if memory is not None and attention_mask is None:
+            attention_mask = None if memory_valid is None else memory_valid[:, None, None, :]
+        elif attention_mask is None:
             documents = document_numbers(hidden_states, starts, cu_seqlens)
             attention_mask = self._mask(q.shape[2], k.shape[2], q.device, valid, documents)
         else:
@@ -90,7 +104,7 @@ class Softmax(HeadsMixer):
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         mixed = self._attend(q, k, v, attention_mask)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
+        return self.o_proj(self.finish(mixed.transpose(1, 2), hidden_states).flatten(2)), None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         config = self.config

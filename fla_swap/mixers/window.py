@@ -49,7 +49,7 @@ class Window(HeadsMixer):
     """Softmax attention over the last `window` tokens; key/value heads stay grouped.
 
     State: a ring of the last `window` keys and values, "k" [N, HK, W, K], "v" [N, HK, W, V], "valid" bool [N, W],
-    "count" int64 [N]; and "position" int64 [N] when there is RoPE.
+    "count" int64 [N]; and "position" int64 [N] when the heads depend on it.
     """
 
     name = "window"
@@ -96,7 +96,7 @@ class Window(HeadsMixer):
             device=device,
         )
         state = dict(ring._asdict())
-        if self.rope is not None:
+        if self.counts:
             state["position"] = torch.zeros(batch_size, device=device, dtype=torch.int64)
         return state
 
@@ -141,8 +141,18 @@ class Window(HeadsMixer):
         positions: Tensor | None,
         cos_sin: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """Heads' outputs [B, T, H, V], the state updated in place."""
-        if self.rope is not None:
+        """Heads' outputs [B, T, H, V], normed and gated as the site's, the state updated in place."""
+        return self.finish(self._attend(x, tokens, state, positions, cos_sin), x)
+
+    def _attend(
+        self,
+        x: Tensor,
+        tokens: Tokens,
+        state: State | None,
+        positions: Tensor | None,
+        cos_sin: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        if self.counts:
             counted, following = token_positions(x, tokens, None if state is None else state["position"])
             positions = counted if positions is None else positions
             if state is not None:
