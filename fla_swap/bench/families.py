@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import queue
+import re
 import sys
 import time
 import warnings
@@ -52,6 +53,8 @@ class Result:
 
     @property
     def verdict(self) -> str:
+        if self.stage == "no such code":
+            return f"{self.family} has no {self.implementation} code"
         if self.stage != "inspected":
             return f"{self.stage}: {self.note}"
         parts = []
@@ -71,7 +74,8 @@ def inspect_family(family: str, group: str, implementation: str) -> Result:
     try:
         model = tiny_model(family, group, implementation)
     except Exception as error:
-        return Result(**common, stage="not built", note=_short(error))
+        stage = "no such code" if "does not support an attention implementation" in str(error) else "not built"
+        return Result(**common, stage=stage, note=_short(error))
     try:
         report = fs.inspect(model, strict=False)
     except FlaSwapError as error:
@@ -79,7 +83,7 @@ def inspect_family(family: str, group: str, implementation: str) -> Result:
     except Exception as error:
         note = f"{type(error).__name__}: {_short(error)}"
         return Result(**common, stage="crashed", note=note, seconds=time.perf_counter() - start)
-    misses = collections.Counter((m.slot, m.reason) for m in report.near_misses)
+    misses = collections.Counter((m.slot, re.sub(r"\.\d+\b", ".*", m.reason)) for m in report.near_misses)
     return Result(
         **common,
         stage="inspected",
@@ -114,9 +118,10 @@ def _short(error: Exception) -> str:
 
 
 def _work(family: str, group: str, implementation: str, out: Any) -> None:
-    with open(os.devnull, "w") as nothing:  # what transformers warns about is no result
-        sys.stderr = sys.stdout = nothing
-        out.put(inspect_family(family, group, implementation))
+    nothing = os.open(os.devnull, os.O_WRONLY)  # what torch and transformers log is no result
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    out.put(inspect_family(family, group, implementation))
 
 
 def isolated(family: str, group: str, implementation: str, limit: float) -> Result:
@@ -150,13 +155,13 @@ def markdown(results: list[Result], command: str) -> str:
     for group in GROUPS:
         rows: dict[str, dict[str, str]] = {}
         for r in results:
-            if r.group == group:
+            if r.group == group and r.stage != "no such code":
                 rows.setdefault(r.family, {})[r.implementation] = r.verdict.replace("|", "\\|")
         if not rows:
             continue
         lines += [f"## {group}", "", "| family | result |", "|---|---|"]
         for family, verdicts in rows.items():
-            same = len(set(verdicts.values())) == 1
+            same = len(verdicts) == len(IMPLEMENTATIONS) and len(set(verdicts.values())) == 1
             text = next(iter(verdicts.values())) if same else "<br>".join(f"{k}: {v}" for k, v in verdicts.items())
             lines.append(f"| {family} | {text} |")
         lines.append("")
@@ -195,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.write_text(markdown(results, command.strip()) + "\n", encoding="utf-8")
         rows = "".join(json.dumps(asdict(r)) + "\n" for r in results)
         options.out.with_suffix(".jsonl").write_text(rows, encoding="utf-8")
-    return 0 if all(r.stage == "inspected" for r in results) else 1
+    return 0 if all(r.stage in ("inspected", "no such code") for r in results) else 1
 
 
 if __name__ == "__main__":

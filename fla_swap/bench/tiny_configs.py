@@ -80,8 +80,14 @@ TOKENS = (
 # Where the rules by name are not enough.
 # Where the rules by name are not enough. None as a value: leave the field to the config's own default.
 OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "blt": {"encoder_hash_byte_group_vocab": 128},
-    "cohere_compass_text": {"rope_parameters": None},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+    },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 1e4}, "ffn_config": None},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
@@ -90,8 +96,8 @@ OWN: dict[str, dict[str, Any]] = {
     "neomme": {"per_layer_config": None},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma3n_text": {"intermediate_size": 96, "activation_sparsity_pattern": [0.0] * LAYERS, "num_kv_shared_layers": 0},
-    "gemma4_text": {"per_layer_config": {1: {"head_dim": 32}}, "num_hidden_layers": 4},
-    "gemma4_unified_text": {"per_layer_config": {1: {"head_dim": 32}}, "num_hidden_layers": 4},
+    "gemma4_text": {"per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}}},
+    "gemma4_unified_text": {"per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "attention_layers": None},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2, "num_experts": 4},
@@ -177,7 +183,7 @@ def _shrunk(config: Any) -> dict[str, Any]:
         for n, v in stated.items()
         if n not in values and n not in ("model_type", "transformers_version", "architectures")
     }
-    merged = {**keep, **values, **own}
+    merged = {**keep, **{n: v for n, v in values.items() if n in stated}, **own}
     return {n: v for n, v in merged.items() if not n.startswith("_") and (v is not None or n not in own)}
 
 
