@@ -19,9 +19,9 @@ class Hadamard:
     slot: str = "path"
 
     def match(self, node: Node, graph: CapturedGraph) -> Result:
-        if node.target not in PRODUCTS:
+        if node.target not in PRODUCTS or len(node.all_input_nodes) != 2:
             return ABSENT
-        x, stored = node.args[:2]
+        x, stored = node.all_input_nodes
         if not graph.is_open(x) or graph.is_open(stored) or x.meta["val"].dim() != 4:
             return ABSENT  # a projection, or a product of two computed tensors: other recognisers know those
         matrix = graph.evaluate(stored).double()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fla_swap.inspection import inspect
     from fla_swap.patterns.plugins import installed_recognisers
     from fla_swap.planning import Rule, load_plan, plan, save_plan
+    from fla_swap.reporting import report_html, report_table
     from fla_swap.swapping import original_attention, restore_, swap_
     from fla_swap.types import AttentionReport, AttentionSite, NearMiss, SwapPlan
 
@@ -57,6 +58,8 @@ __all__ = [
     "original_attention",
     "perplexity",
     "plan",
+    "report_html",
+    "report_table",
     "restore_",
     "save",
     "save_plan",
@@ -81,6 +84,7 @@ _SOURCES = {
     "inspection": ("inspect",),
     "patterns.plugins": ("installed_recognisers",),
     "planning": ("Rule", "load_plan", "plan", "save_plan"),
+    "reporting": ("report_html", "report_table"),
     "swapping": ("original_attention", "restore_", "swap_"),
     "types": ("AttentionReport", "AttentionSite", "NearMiss", "SwapPlan"),
 }

@@ -20,6 +20,27 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from fla_swap.errors import CheckpointError, FlaSwapError
+from fla_swap.options import (
+    Compile,
+    Data,
+    Device,
+    Dtype,
+    Explain,
+    Html,
+    Json,
+    Keep,
+    Local,
+    Mixer,
+    Model,
+    Options,
+    Overwrite,
+    PlanFile,
+    Prompt,
+    Resume,
+    Seed,
+    read_keep,
+    read_options,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,38 +58,42 @@ err = Console(stderr=True, width=None if sys.stderr.isatty() else PIPED_WIDTH)
 TEACHER = Path(__file__).resolve().parent.parent / "examples" / "teacher"
 PROMPT = 'def read_config(path, encoding=\'utf-8\'):\n    """Read'
 
-Model = Annotated[str, typer.Argument(help="Folder or hub id of a causal language model.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU, else the model's own), float32, bfloat16, float16.")]
-Mixer = Annotated[str, typer.Option(help="What replaces the attention; see `fs.mixers.MIXERS`.")]
-Options = Annotated[str, typer.Option(help="Options of the mixer as JSON, such as '{\"window\": 256}'.")]
-Keep = Annotated[str, typer.Option(help='Layers that stay: a fraction ("1/4"), numbers ("0,7"), or 0.')]
-Local = Annotated[bool, typer.Option("--local", help="Also swap layers that are windowed already.")]
-Data = Annotated[str, typer.Option(help='"stdlib", a text file or folder, or a dataset id (name[:config[:field]]).')]
-Prompt = Annotated[str, typer.Option(help="Text to continue.")]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
-Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Generate with `fs.compile` as well.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in the folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds.")]
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="Swap by this plan (of `fla-swap plan --out`).")]
-
 
 @app.command("inspect")
-def inspect_command(model: Model, as_json: Json = False) -> None:
+def inspect_command(
+    model: Model,
+    html: Html = None,
+    explain: Explain = None,
+    as_json: Json = False,
+) -> None:
     """Find every attention layer and prove each one; say what was not understood, and why."""
     from fla_swap.checkpoint import load
     from fla_swap.errors import NoAttentionFound
     from fla_swap.inspection import inspect
-    from fla_swap.reporting import report_table
 
     try:
-        report = inspect(load(model))
+        show_report(inspect(load(model)), html, explain, as_json)
     except NoAttentionFound as error:
         if error.report is not None:
-            show(report_table(error.report), error.report.to_dict(), as_json)
+            show_report(error.report, html, explain, as_json)
         raise
-    show(report_table(report), report.to_dict(), as_json)
+
+
+def show_report(report: Any, html: Path | None, explain: str | None, as_json: bool) -> None:
+    """As tables, as JSON, or what it says about one module; and as a page in the file `html`."""
+    from fla_swap.errors import ConfigError
+    from fla_swap.reporting import report_html, report_table
+
+    if html is not None:
+        html.write_text(report_html(report), encoding="utf-8")
+    if explain is None:
+        show(report_table(report), report.to_dict(), as_json)
+        return
+    try:
+        text = report.explain(explain)
+    except KeyError as error:
+        raise ConfigError(f"--explain: {error.args[0]}") from error
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("plan")
@@ -336,26 +361,6 @@ def resumable(folder: Path) -> Iterator[None]:
         if (folder / TRAINING / "run.json").exists():
             err.print(f"what was trained so far is in {folder / TRAINING}; the same command with --resume continues it")
         raise
-
-
-def read_options(text: str) -> dict[str, Any]:
-    try:
-        options = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"--options is not JSON ({error}): {text}") from error
-    if not isinstance(options, dict):
-        raise typer.BadParameter(f"--options must be a JSON object, got {text}")
-    return options
-
-
-def read_keep(text: str) -> Any:
-    """ "1/4" and "0" as they are; "0,7" as layer numbers."""
-    if "," not in text:
-        return 0 if text == "0" else text
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise typer.BadParameter(f"--keep takes a fraction, layer numbers such as 0,7, or 0; got {text!r}") from error
 
 
 def show(table: Any, data: Any, as_json: bool) -> None:

@@ -224,6 +224,26 @@ class AttentionReport:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def explain(self, name: str) -> str:
+        """All that is known about a module: its facts and where each is from, or where it stopped and what to do.
+
+        `name` may be any module around or inside attention ("model.layers.3"; "" is the whole model). Raises KeyError
+        with names near it when the report has nothing there.
+        """
+        from fla_swap.reporting import explain
+
+        return explain(self, name)
+
+    def __str__(self) -> str:
+        from fla_swap.reporting import report_text
+
+        return report_text(self)
+
+    def __rich__(self) -> Any:
+        from fla_swap.reporting import report_table
+
+        return report_table(self)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerPlan:

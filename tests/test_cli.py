@@ -20,7 +20,7 @@ from fla_swap.errors import CheckpointError
 from fla_swap.planning import load_plan
 
 COMMANDS = {
-    "inspect": "model --json",
+    "inspect": "model --html --explain --json",
     "plan": "model --mixer --options --keep --local --out --json",
     "convert": "model --out --data --mixer --options --keep --local --plan --minutes --start --select --block-size "
     "--batch-size --max-tokens --eval-tokens --prompt --device --dtype --seed --compile/--no-compile --resume "
@@ -107,6 +107,19 @@ def test_inspect(places, capsys, monkeypatch):
     assert all(site["proved"] and site["heads"] == 2 and site["mask"]["kind"] == "causal" for site in report["sites"])
     table = fla_swap(capsys, monkeypatch, "inspect", places / "teacher").out
     assert "model.layers.3.self_attn" in table
+
+
+def test_inspect_writes_a_page_and_explains_a_layer(places, tmp_path, capsys, monkeypatch):
+    page = tmp_path / "report.html"
+    options = ("--html", page, "--explain", "model.layers.2")
+    ended = fla_swap(capsys, monkeypatch, "inspect", places / "teacher", *options)
+    assert ended.out.startswith("model.layers.2.self_attn: attention layer 2, proved\n") and "layers.1" not in ended.out
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>") and "model.layers.3.self_attn.q_proj.weight" in text
+    ended = fla_swap(capsys, monkeypatch, "inspect", places / "teacher", "--explain", "model.layer.9")
+    assert ended.status == 1 and "names near it: ['model.layers." in ended.error
+    ended = fla_swap(capsys, monkeypatch, "inspect", places / "teacher", "--html", tmp_path / "no" / "report.html")
+    assert ended.status == 1 and "report.html" in ended.error
 
 
 def test_nothing_but_the_answer_is_printed(places):
