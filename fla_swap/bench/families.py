@@ -14,11 +14,11 @@ import json
 import multiprocessing
 import os
 import platform
-import queue
 import re
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,20 +124,31 @@ def _work(family: str, group: str, implementation: str, out: Any) -> None:
     out.put(inspect_family(family, group, implementation))
 
 
-def isolated(family: str, group: str, implementation: str, limit: float) -> Result:
-    """`inspect_family` in a process of its own."""
+def inspect_all(wanted: list[tuple[str, str, str]], limit: float, workers: int) -> Iterator[Result]:
+    """`inspect_family` for each (family, group, implementation), `workers` at a time, each in a process of its own."""
     context = multiprocessing.get_context("fork")
-    out = context.Queue()
-    process = context.Process(target=_work, args=(family, group, implementation, out), daemon=True)
-    process.start()
-    try:
-        return out.get(timeout=limit)
-    except queue.Empty:
-        note = f"not done after {limit:g} s"
-        return Result(family=family, group=group, implementation=implementation, stage="timeout", note=note)
-    finally:
-        process.kill()
-        process.join()
+    waiting, running = list(wanted), []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            task, out = waiting.pop(0), context.SimpleQueue()
+            process = context.Process(target=_work, args=(*task, out), daemon=True)
+            process.start()
+            running.append((task, process, out, time.perf_counter()))
+        for entry in list(running):
+            task, process, out, start = entry
+            late = time.perf_counter() - start > limit
+            if not out.empty():
+                yield out.get()
+            elif late or process.exitcode is not None:
+                note = f"not done after {limit:g} s" if late else f"exit status {process.exitcode}"
+                common = dict(zip(("family", "group", "implementation"), task, strict=True))
+                yield Result(**common, stage="no answer", note=note)
+            else:
+                continue
+            process.kill()
+            process.join()
+            running.remove(entry)
+        time.sleep(0.02)
 
 
 def markdown(results: list[Result], command: str) -> str:
@@ -174,6 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="comma-separated model types")
     parser.add_argument("--implementation", action="append", choices=list(IMPLEMENTATIONS))
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one family")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--out", type=Path, help="Markdown file to write; the results go beside it as JSON lines")
     options = parser.parse_args(arguments)
     console = Console()
@@ -188,13 +200,12 @@ def main(arguments: list[str] | None = None) -> int:
     results: list[Result] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("families", total=len(wanted))
-        for family, group, implementation in wanted:
-            progress.update(task, description=f"{family} {implementation}")
-            results.append(isolated(family, group, implementation, options.limit))
-            console.print(
-                f"{family} [dim]{implementation}[/dim] {results[-1].verdict}", highlight=False, soft_wrap=True
-            )
+        for result in inspect_all(wanted, options.limit, options.workers):
+            results.append(result)
+            line = f"{result.family} [dim]{result.implementation}[/dim] {result.verdict}"
+            progress.console.print(line, highlight=False, soft_wrap=True)
             progress.advance(task)
+    results.sort(key=lambda r: wanted.index((r.family, r.group, r.implementation)))
     if options.out:
         command = "python -m fla_swap.bench.families " + " ".join(arguments if arguments is not None else sys.argv[1:])
         options.out.write_text(markdown(results, command.strip()) + "\n", encoding="utf-8")

@@ -67,6 +67,7 @@ SIZES: tuple[tuple[int, str], ...] = (
     (8, "mamba_n_heads mamba_num_heads n_mamba_heads"),
 )
 RULES = {name: size for size, names in SIZES for name in names.split()}
+PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types")
 EXACT = ("head_dim", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "hidden_size", "num_heads")
 TOKENS = (
     "pad_token_id",
@@ -165,7 +166,7 @@ def _shrunk(config: Any) -> dict[str, Any]:
     """Arguments for the config's class."""
     own = OWN.get(config.model_type, {}) | STAGES
     values: dict[str, Any] = {}
-    stated = config.to_dict()
+    stated: dict[str, Any] = config.to_dict()
     subs = {n: v for n, v in vars(config).items() if isinstance(v, transformers.PreTrainedConfig)}
     for name, value in stated.items():
         if name in subs:
@@ -174,8 +175,8 @@ def _shrunk(config: Any) -> dict[str, Any]:
             values[name] = RULES[name] if name in EXACT else min(value, RULES[name])
         elif name in TOKENS and value is not None:
             values[name] = TOKENS.index(name) + 1
-        elif name in ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types") and value:
-            values[name] = _representative(list(value))
+        elif name in PER_LAYER and isinstance(value, list) and value:
+            values[name] = _representative(value)
     if stated.get("num_key_value_heads") and stated.get("num_key_value_heads") == stated.get("num_attention_heads"):
         values["num_key_value_heads"] = values.get("num_attention_heads", HEADS)
     keep = {
