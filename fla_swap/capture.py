@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from fla_swap.arguments import undisturbed
 from fla_swap.errors import CaptureError
+from fla_swap.model_inputs import BATCH, Inputs, closed_input
 from fla_swap.patterns.graph import CapturedGraph
-
-BATCH = 2
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-CLOSED_INPUTS = ("attention_mask", "position_ids", "cache_position")
 
 
 def capture(model: nn.Module, inputs: Inputs, *, length: int, limit: int = 2**31) -> CapturedGraph:
@@ -72,10 +68,10 @@ def _graph(exported: torch.export.ExportedProgram, inputs: Inputs, length: int, 
     leaves = tree_leaves(inputs)
     users = [n for n in module.graph.nodes if n.op == "placeholder" and n.name not in values]
     for node, leaf in zip(users, leaves, strict=False):
-        if isinstance(leaf, Tensor) and not any(node.name.startswith(name) for name in CLOSED_INPUTS):
-            data.add(node.name)
-        else:
+        if closed_input(node.name, leaf):
             values[node.name] = leaf
+        else:
+            data.add(node.name)
     return CapturedGraph(
         module=module,
         weights=weights,
@@ -130,65 +126,3 @@ def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, operands: Sequ
         user.replace_all_uses_with(result[index])
         graph.erase_node(user)
     graph.erase_node(node)
-
-
-def default_inputs(model: nn.Module, length: int, *, padded: int = 0) -> Inputs:
-    """Token ids [2, length], an attention mask whose second row has `padded` positions of left padding, no cache.
-
-    Raises CaptureError when the model's forward takes no token ids.
-    """
-    names = inspect.signature(model.forward).parameters
-    if "input_ids" not in names:
-        raise CaptureError(
-            f"{type(model).__name__}.forward takes no 'input_ids' (it takes {list(names)}): pass example_inputs"
-        )
-    config = getattr(model, "config", None)
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is None:
-        tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-        vocabulary = max(tables, default=2)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (BATCH, length), generator=generator).to(device)
-    kwargs: dict[str, Any] = {"input_ids": ids}
-    if "attention_mask" in names:
-        mask = torch.ones_like(ids)
-        mask[1, :padded] = 0
-        kwargs["attention_mask"] = mask
-        if padded and "position_ids" in names:
-            kwargs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    if "use_cache" in names:
-        kwargs["use_cache"] = False
-    return (), kwargs
-
-
-def inputs_of_length(example: Mapping[str, Any] | Sequence[Any] | Tensor, length: int, *, padded: int = 0) -> Inputs:
-    """The user's example inputs (tensors [B, T, …] or [B, T]) repeated or cut to two rows and `length` tokens.
-
-    An `attention_mask` [B, T] among them becomes ones, with `padded` zeros at the start of the second row.
-    """
-    if isinstance(example, Tensor):
-        example = (example,)
-    times = [v.shape[1] for v in _tensors(example) if v.dim() >= 2]
-    if not times:
-        raise CaptureError("example_inputs holds no tensor [batch, time, …]")
-
-    def resize(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != times[0]:
-            return value
-        value = value.repeat(-(-BATCH // value.shape[0]), *[1] * (value.dim() - 1))[:BATCH]
-        return value.repeat(1, -(-length // value.shape[1]), *[1] * (value.dim() - 2))[:, :length]
-
-    if isinstance(example, Mapping):
-        kwargs = {k: resize(v) for k, v in example.items()}
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            kwargs["attention_mask"] = torch.ones_like(mask)
-            kwargs["attention_mask"][1, :padded] = 0
-        return (), kwargs
-    return tuple(resize(v) for v in example), {}
-
-
-def _tensors(example: Mapping[str, Any] | Sequence[Any]) -> list[Tensor]:
-    values = example.values() if isinstance(example, Mapping) else example
-    return [v for v in values if isinstance(v, Tensor)]

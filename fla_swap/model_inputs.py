@@ -1,0 +1,211 @@
+"""What a model is captured and recorded on: default inputs made from its signature and config, or the user's example."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fla_swap.arguments import Args, Kwargs, undisturbed
+from fla_swap.errors import CaptureError
+
+BATCH = 2
+Inputs = tuple[Args, Kwargs]
+Example = Mapping[str, Any] | Sequence[Any] | Tensor
+_HIDDEN = -1e4
+
+
+def default_inputs(model: nn.Module, length: int, *, padded: int = 0) -> Inputs:
+    """Inputs of two rows for what the model's forward asks for, no cache; sizes come from its config.
+
+    Token ids [2, length] (of an encoder–decoder's decoder [2, length − 2]), each with an attention mask whose second row
+    has `padded` positions of left padding; images [2, channels, height, width] and mel features [2, bins, frames] of the
+    one size that the config states.
+
+    Raises CaptureError when the forward takes none of these.
+    """
+    names = inspect.signature(model.forward).parameters
+    builder = _Defaults(model, length, padded)
+    kwargs: dict[str, Any] = {}
+    if "pixel_values" in names:
+        kwargs |= builder.image()
+    if "input_features" in names:
+        kwargs |= builder.features()
+    if "input_ids" in names:
+        kwargs |= builder.ids("", length, names)
+    if "decoder_input_ids" in names:
+        kwargs |= builder.ids("decoder_", length - 2, names)
+    if not kwargs:
+        raise CaptureError(
+            f"{type(model).__name__}.forward takes none of 'input_ids', 'pixel_values', 'input_features' with sizes "
+            f"that the config states (it takes {list(names)}): pass example_inputs"
+        )
+    if "use_cache" in names:
+        kwargs["use_cache"] = False
+    return (), kwargs
+
+
+class _Defaults:
+    def __init__(self, model: nn.Module, length: int, padded: int):
+        self.model, self.length, self.padded = model, length, padded
+        self.config = getattr(model, "config", None)
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.generator = torch.Generator().manual_seed(0)
+
+    def ids(self, prefix: str, length: int, names: Mapping[str, Any]) -> dict[str, Any]:
+        vocabulary = self._stated(f"{prefix}vocab_size", "text_config") or self._stated("vocab_size", "text_config")
+        if vocabulary is None:
+            tables = [m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)]
+            vocabulary = max(tables, default=2)
+        ids = torch.randint(0, vocabulary, (BATCH, length), generator=self.generator).to(self.device)
+        found: dict[str, Any] = {f"{prefix}input_ids": ids}
+        if f"{prefix}attention_mask" in names:
+            mask = torch.ones_like(ids)
+            mask[1, : min(self.padded, length // 2)] = 0
+            found[f"{prefix}attention_mask"] = mask
+            if self.padded and f"{prefix}position_ids" in names:
+                found[f"{prefix}position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        return found
+
+    def image(self) -> dict[str, Any]:
+        size, channels = self._stated("image_size", "vision_config"), self._stated("num_channels", "vision_config")
+        if size is None or not isinstance(channels, int):
+            return {}
+        height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
+        return {"pixel_values": self._noise(BATCH, channels, height, width)}
+
+    def features(self) -> dict[str, Any]:
+        bins, positions = self._stated("num_mel_bins"), self._stated("max_source_positions")
+        if not isinstance(bins, int) or not isinstance(positions, int):
+            return {}
+        return {"input_features": self._noise(BATCH, bins, 2 * positions)}
+
+    def _noise(self, *size: int) -> Tensor:
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return torch.randn(size, generator=self.generator).to(self.device, dtype)
+
+    def _stated(self, name: str, part: str = "") -> Any:
+        found = getattr(self.config, name, None)
+        return getattr(getattr(self.config, part, None), name, None) if found is None and part else found
+
+
+def inputs_of_length(example: Example, length: int, *, padded: int = 0, resize: Sequence[int] | None = None) -> Inputs:
+    """The user's example inputs with two rows and other token counts.
+
+    `resize` are the token counts (second dimensions) to change, the first of them to `length`, the next to two less, and
+    so on; None: that of the first tensor [B, T, …]. Masks over pairs of tokens, [T, S], that are causal or all equal
+    are made anew. A padding mask [B, T] (bool, or a whole-number tensor called a mask) that hides nothing gets `padded`
+    hidden positions at the start of the second row.
+    """
+    named = _named(example)
+    counts = token_counts(example)
+    if not counts:
+        raise CaptureError("example_inputs holds no tensor [batch, time, …]")
+    chosen = counts[:1] if resize is None else resize
+    lengths = {count: length - 2 * i for i, count in enumerate(chosen)}
+    done: dict[int, Tensor] = {}
+
+    def change(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        if id(value) not in done:
+            done[id(value)] = _changed(name, value, lengths, padded)
+        return done[id(value)]
+
+    changed = {name: change(name, value) for name, value in named.items()}
+    if isinstance(example, Mapping):
+        return (), changed
+    return tuple(changed.values()), {}
+
+
+def token_counts(example: Example) -> list[int]:
+    """The distinct second dimensions of the tensors of two dimensions and more, in order."""
+    return list(dict.fromkeys(v.shape[1] for v in _named(example).values() if isinstance(v, Tensor) and v.dim() >= 2))
+
+
+def resizable(model: nn.Module, example: Example, length: int) -> list[int]:
+    """The token counts of the example that the model lets be changed: all of them, one of them, or none (tried out)."""
+    counts = token_counts(example)
+    for chosen in dict.fromkeys((tuple(counts), *((c,) for c in counts))):
+        args, kwargs = inputs_of_length(example, length, resize=chosen)
+        try:
+            with undisturbed(model, use_cache=False):
+                model(*args, **kwargs)
+        except Exception:  # whatever the model does with sizes that it does not take
+            continue
+        return list(chosen)
+    return []
+
+
+def padding_masks(inputs: Inputs) -> list[Tensor]:
+    """bool [B, n], true for tokens, of every padding mask among the inputs."""
+    found = []
+    for name, value in (*((str(i), v) for i, v in enumerate(inputs[0])), *inputs[1].items()):
+        if isinstance(value, Tensor) and value.dim() == 2 and _is_padding(name, value):
+            found.append(value != value[0, -1])
+    return [~mask for mask in found]
+
+
+def closed_input(name: str, value: Any) -> bool:
+    """Whether an input says which tokens there are and where, instead of what they are: masks and positions."""
+    if not isinstance(value, Tensor):
+        return True
+    if any(word in name for word in ("attention_mask", "position_ids", "cache_position")):
+        return True
+    return value.dim() >= 2 and (value.dtype == torch.bool or _hides(value))
+
+
+def _named(example: Example) -> dict[str, Any]:
+    if isinstance(example, Tensor):
+        return {"0": example}
+    return dict(example) if isinstance(example, Mapping) else {str(i): v for i, v in enumerate(example)}
+
+
+def _changed(name: str, value: Tensor, lengths: Mapping[int, int], padded: int) -> Tensor:
+    if _is_pairs(value):
+        return _new_pairs(value, lengths)
+    value = value.repeat(-(-BATCH // value.shape[0]), *[1] * (value.dim() - 1))[:BATCH]
+    if value.shape[1] in lengths:
+        length = lengths[value.shape[1]]
+        value = value.repeat(1, -(-length // value.shape[1]), *[1] * (value.dim() - 2))[:, :length]
+    if padded and value.dim() == 2 and _is_padding(name, value) and bool((value == value[0, 0]).all()):
+        value = value.clone()
+        value[1, : min(padded, value.shape[1] // 2)] = _hidden_value(value)
+    return value
+
+
+def _is_padding(name: str, value: Tensor) -> bool:
+    return value.dtype == torch.bool or (not value.is_floating_point() and "mask" in name)
+
+
+def _hidden_value(value: Tensor) -> Any:
+    return ~value[0, 0] if value.dtype == torch.bool else 1 - value[0, 0]
+
+
+def _hides(value: Tensor) -> bool:
+    """Whether a floating tensor is a mask to be added: zeros, and numbers that hide."""
+    if not value.is_floating_point():
+        return False
+    hidden = value <= _HIDDEN
+    return bool(hidden.any()) and bool((hidden | (value == 0)).all())
+
+
+def _is_pairs(value: Tensor) -> bool:
+    """Whether it is one mask [T, S] over pairs of tokens."""
+    return value.dim() == 2 and value.shape[0] > BATCH and (value.dtype == torch.bool or _hides(value))
+
+
+def _new_pairs(value: Tensor, lengths: Mapping[int, int]) -> Tensor:
+    """The mask [T, S] at other lengths, where it is causal or all equal; else unchanged."""
+    size = tuple(lengths.get(n, n) for n in value.shape)
+    if bool((value == value[0, 0]).all()):
+        return value[:1, :1].expand(size).clone()
+    low = torch.ones_like(value, dtype=torch.bool).tril()
+    seen, later = value[0, 0], value[0, -1]
+    if bool((value == torch.where(low, seen, later)).all()):
+        below = torch.ones(size, dtype=torch.bool, device=value.device).tril()
+        return torch.where(below, seen, later)
+    return value
