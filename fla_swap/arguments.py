@@ -50,7 +50,11 @@ def set_argument(path: ArgPath, value: Any, args: Args, kwargs: Kwargs) -> tuple
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
-    """Eval mode without gradients, and `config.use_cache` set where there is one; all of it is put back afterwards."""
+    """Eval mode without gradients, and `config.use_cache` set where there is one; all of it is put back afterwards.
+
+    PyTorch's own attention modules take their spelled-out path meanwhile, not the fused one that hides what they do.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
     modes = {m: m.training for m in model.modules()}
     config = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
@@ -58,9 +62,11 @@ def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
     try:
         if before is not None:
             config.use_cache = use_cache  # type: ignore[union-attr]
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         if before is not None:
             config.use_cache = before  # type: ignore[union-attr]
         for module, mode in modes.items():

@@ -67,7 +67,13 @@ def _graph(exported: torch.export.ExportedProgram, inputs: Inputs, length: int, 
     data = set()
     leaves = tree_leaves(inputs)
     users = [n for n in module.graph.nodes if n.op == "placeholder" and n.name not in values]
+    passed: dict[int, fx.Node] = {}
     for node, leaf in zip(users, leaves, strict=False):
+        leaf = inputs[1].get(node.name, leaf)
+        if isinstance(leaf, Tensor):
+            first = passed.setdefault(id(leaf), node)
+            if first is not node:  # the same tensor in two places is one tensor
+                node.replace_all_uses_with(first)
         if closed_input(node.name, leaf):
             values[node.name] = leaf
         else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fla_swap.arguments import Args, Kwargs, leaves, undisturbed
+from fla_swap.arguments import Args, Kwargs, get_argument, leaves, undisturbed
 from fla_swap.patterns.mask import expected
 from fla_swap.types import ArgPath, AttentionSite, CallContract, Rope
 
@@ -112,35 +112,103 @@ def record_cache(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kw
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where the hidden states and the memory of a cross-attention stand in a call, and how many tokens they are."""
+
+    hidden: ArgPath
+    batch: int
+    length: int
+    memory: ArgPath | None = None
+    keys: int | None = None
+
+
+def find_entry(site: AttentionSite, record: CallRecord) -> Entry | str:
+    """The arguments that a site's projections read, told by shape (equal tensors are one), or why they cannot be."""
+    first = 1 if site.call.time_first else 0
+    returned = {tuple(v.shape[:2]) for v in _items(record.output) if isinstance(v, Tensor) and v.dim() == 3}
+    streams = _distinct([(p, v) for p, v in leaves(record.args, record.kwargs) if _is_stream(v)])
+    hidden = [(p, v) for p, v in streams if v.shape[-1] == site.hidden_size and tuple(v.shape[:2]) in returned]
+    if site.kind == "cross":
+        pairs = [
+            (h, m)
+            for h in hidden
+            for m in streams
+            if m[0] != h[0] and m[1].shape[-1] == site.memory_size and m[1].shape[first] == h[1].shape[first]
+        ]
+        if len(pairs) != 1:
+            return (
+                f"of its arguments, {len(pairs)} pairs could be the hidden states and the memory: give them different "
+                "lengths in the example inputs"
+            )
+        (path, value), (memory, other) = pairs[0]
+        length, keys = value.shape[1 - first], other.shape[1 - first]
+        return Entry(hidden=path, batch=value.shape[first], length=length, memory=memory, keys=keys)
+    if len(hidden) != 1:
+        size = f"{site.hidden_size} wide, as long as the output"
+        return f"{len(hidden)} arguments have the shape of the hidden state: {size}"
+    ((path, value),) = hidden
+    return Entry(hidden=path, batch=value.shape[first], length=value.shape[1 - first])
+
+
+def _is_stream(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+
+
+def _distinct(found: list[tuple[ArgPath, Tensor]]) -> list[tuple[ArgPath, Tensor]]:
+    """The first of each set of equal tensors."""
+    kept: list[tuple[ArgPath, Tensor]] = []
+    for path, value in found:
+        if not any(value is v or (value.shape == v.shape and torch.equal(value, v)) for _, v in kept):
+            kept.append((path, value))
+    return kept
+
+
+def _items(output: Any) -> list[Any]:
+    return list(output) if isinstance(output, tuple | list) else [output]
+
+
 def derive_contract(
-    site: AttentionSite, record: CallRecord, valid: Tensor, positions: Tensor | None, cache: CacheRecord | None
+    site: AttentionSite,
+    record: CallRecord,
+    valid: Tensor,
+    positions: Tensor | None,
+    cache: CacheRecord | None,
+    *,
+    memory_valid: Tensor | None = None,
 ) -> CallContract | str:
     """The contract that the observed call shows, or a sentence saying what could not be told.
 
-    `valid` bool [B, T] and `positions` int [B, T] are what the model was given; arguments are matched by value.
+    `valid` bool [B, T] and `positions` int [B, T] are what the model was given, `memory_valid` [B, S] tells the padding
+    of a cross-attention's memory; arguments are matched by value.
     """
+    entry = find_entry(site, record)
+    if isinstance(entry, str):
+        return entry
     batch, length = valid.shape
-    found = leaves(record.args, record.kwargs)
-    size = (batch, length, site.hidden_size)
-    hidden = [p for p, v in found if isinstance(v, Tensor) and v.is_floating_point() and tuple(v.shape) == size]
-    if len(hidden) != 1:
-        return f"{len(hidden)} arguments have the shape of the hidden state {size}"
+    width = site.hidden_size if site.o is not None else site.heads * site.v_head_dim
+    size = (length, batch, width) if site.call.time_first else (batch, length, width)
     places = _outputs(record.output, size)
     if isinstance(places, str):
         return places
     outputs, index = places
-    contract = CallContract(hidden=hidden[0], outputs=outputs, output_index=index)
-    facts: dict[str, ArgPath] = {}
-    for path, value in found:
-        if isinstance(value, Tensor) and path != hidden[0]:
-            name = _meaning(value, site, valid, positions)
-            if name is not None:
-                facts.setdefault(name, path)
-            elif _looks_like_a_mask(value, length):
-                where = path.keyword or f"number {path.position}"
-                return (
-                    f"argument {where} {tuple(value.shape)} is a mask, but not the site's own with the padding hidden"
-                )
+    contract = dataclasses.replace(
+        site.call, hidden=entry.hidden, memory=entry.memory, outputs=outputs, output_index=index
+    )
+    keys = valid if memory_valid is None else memory_valid
+    read = {id(get_argument(p, record.args, record.kwargs)) for p in (entry.hidden, entry.memory) if p is not None}
+    facts: dict[str, Any] = {}
+    for path, value in leaves(record.args, record.kwargs):
+        if not isinstance(value, Tensor) or id(value) in read:
+            continue
+        name = _meaning(value, site, valid, keys, positions)
+        if name is not None:
+            facts.setdefault(name.removesuffix(" hidden"), path)
+            if name.endswith(" hidden"):
+                facts["hides"] = True
+        elif _looks_like_a_mask(value, keys.shape[1]) and (value.dtype == torch.bool or bool(value.any())):
+            where = path.keyword or f"number {path.position}"
+            return f"argument {where} {tuple(value.shape)} is a mask, but not the site's own with the padding hidden"
     if ("cos" in facts) != ("sin" in facts):
         facts.pop("cos", None)
         facts.pop("sin", None)
@@ -161,14 +229,14 @@ def _outputs(output: Any, size: tuple[int, ...]) -> tuple[int | None, int] | str
     return len(output), places[0]
 
 
-def _meaning(value: Tensor, site: AttentionSite, valid: Tensor, positions: Tensor | None) -> str | None:
+def _meaning(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor, positions: Tensor | None) -> str | None:
     if positions is not None and _are_positions(value, positions):
         return "positions"
     if site.rope is not None and value.is_floating_point() and positions is not None:
         name = _table(value, site.rope, positions)
         if name is not None:
             return name
-    return "mask" if _is_mask(value, site, valid) else None
+    return _mask_kind(value, site, valid, keys)
 
 
 def _are_positions(value: Tensor, positions: Tensor) -> bool:
@@ -179,26 +247,46 @@ def _are_positions(value: Tensor, positions: Tensor) -> bool:
     return torch.equal(value.expand(positions.shape).long(), positions.to(value.device))
 
 
-def _looks_like_a_mask(value: Tensor, length: int) -> bool:
-    if value.shape[-1:] != (length,) or value.dim() < 2:
+def _looks_like_a_mask(value: Tensor, keys: int) -> bool:
+    if value.shape[-1:] != (keys,) or value.dim() < 2:
         return False
-    return value.dtype == torch.bool or (value.dim() == 4 and value.shape[-2] == length)
+    return value.dtype == torch.bool or value.dim() == 4 or (value.is_floating_point() and value.dim() == 2)
 
 
-def _is_mask(value: Tensor, site: AttentionSite, valid: Tensor) -> bool:
+def _mask_kind(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor) -> str | None:
+    """What a mask argument is, None when it is not the site's mask: "mask" ([B, S] of whole numbers or truth values, or
+    [B or 1, 1 or H, T or 1, S]), "padding" ([B, S], to be added), "pairs" ([T, S]); with " hidden" after it when it is
+    true where a key is hidden."""
     batch, length = valid.shape
-    if value.is_complex() or value.shape[-1:] != (length,):
-        return False
-    seen = value if value.dtype == torch.bool else value > -1e4 if value.is_floating_point() else value > 0
-    if value.dim() == 2:
-        return not value.is_floating_point() and torch.equal(seen.expand(batch, length), valid)
-    if value.dim() != 4 or value.shape[-2] != length:
-        return False
-    padding = valid.int().argmax(1).tolist()
-    wanted = torch.stack([expected(site.mask, length, start) for start in padding])[:, None].to(valid.device)
-    wanted = wanted & valid[:, None, None, :]
+    if value.is_complex() or value.shape[-1:] != keys.shape[-1:] or value.dim() not in (2, 4):
+        return None
+    wanted = _wanted(site, valid, keys)
     rows = valid[:, None, :, None]
-    return bool(((seen == wanted) | ~rows).all())
+    truth = value if value.dtype == torch.bool else value > -1e4 if value.is_floating_point() else value > 0
+    for seen, suffix in ((truth, ""), (~truth, " hidden")):
+        if suffix and value.dtype != torch.bool:
+            break
+        if value.dim() == 4:
+            if not suffix and value.shape[-2] in (1, length) and bool(((seen == wanted) | ~rows).all()):
+                return "mask"
+            continue
+        if len(value) in (1, batch) and torch.equal(seen.expand(keys.shape), keys):
+            return "padding" + suffix if suffix or value.is_floating_point() else "mask"
+        if len(value) == length and torch.equal(seen, wanted_pairs(site, length, keys.shape[1], seen.device)):
+            return "pairs" + suffix
+    return None
+
+
+def wanted_pairs(site: AttentionSite, length: int, keys: int, device: torch.device) -> Tensor:
+    """bool [T, S] of the site's mask without padding."""
+    return expected(site.mask, length, keys=keys).to(device)
+
+
+def _wanted(site: AttentionSite, valid: Tensor, keys: Tensor) -> Tensor:
+    """bool [B, 1, T, S] of the site's mask with the padding hidden."""
+    starts = keys.int().argmax(1).tolist()
+    pairs = [expected(site.mask, valid.shape[1], start, keys=keys.shape[1]) for start in starts]
+    return torch.stack(pairs)[:, None].to(valid.device) & keys[:, None, None, :]
 
 
 def _table(value: Tensor, rope: Rope, positions: Tensor) -> str | None:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import inspect as python_inspect
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fla_swap.capture import Inputs, capture, default_inputs, inputs_of_length
-from fla_swap.contract import CacheRecord, CallRecord, derive_contract, record_cache, record_calls
+from fla_swap.capture import capture
+from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_entry, record_cache, record_calls
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
 from fla_swap.matching import MATCHED, MatchResult, mask_lengths, match
+from fla_swap.model_inputs import Example, Inputs, default_inputs, inputs_of_length, padding_masks, resizable
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.graph import CapturedGraph
 from fla_swap.types import AttentionReport, AttentionSite, NearMiss
 from fla_swap.verification import TOLERANCE, Call, check_config, prove, weights_of
 
-Example = Mapping[str, Any] | Sequence[Any] | Tensor
 SHORT = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 LONGEST = 8192
 PROOF_BYTES = 2**30
@@ -88,19 +88,28 @@ class _Inspection:
         self.model, self.example = model, example
         self.catalogue = catalogue(patterns)
         self.longest = 0
+        self.resize: list[int] | None = None
+        self.notes: list[str] = []
 
     def match(self) -> MatchResult:
         taken = self._sizes()
         short = next(n for n in SHORT if n not in taken)
         limit = self._limit()
+        if self.example is not None:
+            self.resize = resizable(self.model, self.example, short)
         first = capture(self.model, self._inputs(short), length=short, limit=limit)
         hints = {h for h in mask_lengths(first, self.catalogue) if h < min(limit, LONGEST)}
         wanted = max((*hints, 2 * short)) + 3
         while wanted in taken and wanted < limit:
             wanted += 1
         self.longest = min(wanted, limit)
-        second = self._longer(hints, limit)
-        return match((first, second), self.catalogue)
+        if _sizes_of(self._inputs(self.longest)) == _sizes_of(self._inputs(short)):
+            self.notes.append("the model was captured at one size only: its inputs have no other, or it takes no other")
+            return match((first,), self.catalogue)
+        matched = match((first, self._longer(hints, limit)), self.catalogue)
+        if matched.fixed:
+            self.notes.append(f"{len(matched.fixed)} layers have one token count only ({matched.fixed[0]} …)")
+        return matched
 
     def _longer(self, hints: set[int], limit: int) -> CapturedGraph:
         """The second capture. Where the model takes nothing longer than its largest constant, just below that."""
@@ -117,15 +126,15 @@ class _Inspection:
         if not matched.sites:
             return [], [], []
         length, notes = self._proof_length(matched.sites)
+        notes = self.notes + notes
         inputs = self._inputs(length, padded=length // 3)
-        valid, positions = self._given(inputs, length)
         owners = [s.fqn for s in matched.sites]
         records = record_calls(self.model, owners, inputs)
         caches = self._caches(owners, notes)
         sites: list[AttentionSite] = []
         misses: list[NearMiss] = []
         for site in matched.sites:
-            found = self._finish_one(site, records.get(site.fqn), caches.get(site.fqn), valid, positions, verify, notes)
+            found = self._finish_one(site, records.get(site.fqn), caches.get(site.fqn), inputs, verify, notes)
             if isinstance(found, NearMiss):
                 misses.append(found)
             else:
@@ -137,21 +146,25 @@ class _Inspection:
         site: AttentionSite,
         record: CallRecord | None,
         cache: CacheRecord | None,
-        valid: Tensor,
-        positions: Tensor | None,
+        inputs: Inputs,
         verify: bool,
         notes: list[str],
     ) -> AttentionSite | NearMiss:
         if record is None:
             return _miss(site, "call", "the module is in the graph but its forward was not called", MATCHED)
-        contract = derive_contract(site, record, valid, positions, cache)
+        entry = find_entry(site, record)
+        if isinstance(entry, str):
+            return _miss(site, "call", entry, MATCHED)
+        valid, positions = _given(inputs, entry.batch, entry.length)
+        memory_valid = None if entry.keys is None else _given(inputs, entry.batch, entry.keys)[0]
+        contract = derive_contract(site, record, valid, positions, cache, memory_valid=memory_valid)
         if isinstance(contract, str):
             return _miss(site, "call", contract, MATCHED)
         site = dataclasses.replace(site, call=contract)
         if not verify:
             return site
         owner = self.model.get_submodule(site.fqn)
-        call = Call(args=record.args, kwargs=record.kwargs, valid=valid, positions=positions)
+        call = Call(args=record.args, kwargs=record.kwargs, valid=valid, positions=positions, memory_valid=memory_valid)
         try:
             proof = prove(site, owner, call)
         except VerificationError as error:
@@ -178,21 +191,8 @@ class _Inspection:
 
     def _inputs(self, length: int, padded: int = 0) -> Inputs:
         if self.example is not None:
-            return inputs_of_length(self.example, length, padded=padded)
+            return inputs_of_length(self.example, length, padded=padded, resize=self.resize)
         return default_inputs(self.model, length, padded=padded)
-
-    def _given(self, inputs: Inputs, length: int) -> tuple[Tensor, Tensor | None]:
-        """bool [B, T] of the tokens that are no padding, and the positions that the model was given."""
-        kwargs = inputs[1]
-        mask = kwargs.get("attention_mask")
-        some = next(v for v in (*inputs[0], *kwargs.values()) if isinstance(v, Tensor))
-        valid = torch.ones(some.shape[0], length, dtype=torch.bool, device=some.device)
-        if isinstance(mask, Tensor) and mask.shape == valid.shape:
-            valid = mask.bool()
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(length, device=some.device).expand(some.shape[0], length)
-        return valid, positions
 
     def _caches(self, owners: list[str], notes: list[str]) -> dict[str, CacheRecord]:
         if "past_key_values" not in python_inspect.signature(self.model.forward).parameters:
@@ -215,6 +215,21 @@ class _Inspection:
         if config is not None:
             sizes |= {v for v in vars(config).values() if isinstance(v, int)}
         return sizes
+
+
+def _sizes_of(inputs: Inputs) -> list[Any]:
+    return [v.shape for v in (*inputs[0], *inputs[1].values()) if isinstance(v, Tensor)]
+
+
+def _given(inputs: Inputs, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """bool [B, T] of the tokens that are no padding, and the positions, as the model was given them."""
+    given = [*inputs[0], *inputs[1].values()]
+    device = next((v.device for v in given if isinstance(v, Tensor)), None)
+    valid = torch.ones(batch, length, dtype=torch.bool, device=device)
+    valid = next((m for m in padding_masks(inputs) if m.shape == valid.shape), valid)
+    named = [v for n, v in inputs[1].items() if "position_ids" in n and isinstance(v, Tensor)]
+    counted = torch.arange(length, device=device).expand(batch, length)
+    return valid, next((v for v in named if v.shape == valid.shape), counted)
 
 
 def _implementation(model: nn.Module) -> str:

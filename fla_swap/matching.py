@@ -40,11 +40,15 @@ class _Stop(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class MatchResult:
-    """Sites (not yet proved, `call` still empty), near misses (furthest first), and cores that belong to no site."""
+    """Sites (not yet proved, `call` still empty), near misses (furthest first), and cores that belong to no site.
+
+    `fixed`: the sites that had the same token counts in every graph.
+    """
 
     sites: tuple[AttentionSite, ...]
     near_misses: tuple[NearMiss, ...]
     unclaimed: tuple[str, ...]
+    fixed: tuple[str, ...] = ()
 
 
 def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
@@ -58,6 +62,7 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
     sites: list[AttentionSite] = []
     misses: list[NearMiss] = []
     unclaimed: list[str] = []
+    fixed: list[str] = []
     for group_ in zip(*cores, strict=True):
         nodes = [n for n, _ in group_]
         if isinstance(group_[0][1], Absent):
@@ -66,10 +71,11 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
         attempt = _Attempt(graphs, nodes, patterns)
         try:
             sites.append(attempt.run(len(sites)))
+            fixed += [sites[-1].fqn] if attempt.one_length else []
         except _Stop as stop:
             misses.append(attempt.near_miss(stop))
     misses.sort(key=lambda m: -m.progress)
-    return MatchResult(sites=tuple(sites), near_misses=tuple(misses), unclaimed=tuple(unclaimed))
+    return MatchResult(sites=tuple(sites), near_misses=tuple(misses), unclaimed=tuple(unclaimed), fixed=tuple(fixed))
 
 
 def mask_lengths(graph: CapturedGraph, patterns: Catalogue) -> set[int]:
@@ -117,6 +123,7 @@ class _Attempt:
         self.graph, self.node = graphs[0], nodes[0]
         self.done: list[str] = []
         self.view = self.graph
+        self.one_length = False
 
     def near_miss(self, stop: _Stop) -> NearMiss:
         modules = modules_of(self.node)
@@ -304,8 +311,8 @@ class _Attempt:
             alibi = alibi_slopes(tables[0], heads)
         except MaskRefused as refused:
             raise _Stop("mask", str(refused), self.node) from refused
-        lengths = {t.seen.shape for t in tables}
-        if mask.kind != "bidirectional" and len(lengths) == 1:
+        self.one_length = len({t.seen.shape for t in tables}) == 1
+        if mask.kind != "bidirectional" and self.one_length:
             reason = (
                 f"the model was captured at one length only ({tables[0].seen.shape[0]} tokens): whether the mask is "
                 f"{mask.kind} at every length cannot be told"

@@ -1,4 +1,4 @@
-"""What a model is captured and recorded on: default inputs made from its signature and config, or the user's example."""
+"""What a model is captured and recorded on: inputs made from its signature and config, or the user's example."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _HIDDEN = -1e4
 def default_inputs(model: nn.Module, length: int, *, padded: int = 0) -> Inputs:
     """Inputs of two rows for what the model's forward asks for, no cache; sizes come from its config.
 
-    Token ids [2, length] (of an encoder–decoder's decoder [2, length − 2]), each with an attention mask whose second row
-    has `padded` positions of left padding; images [2, channels, height, width] and mel features [2, bins, frames] of the
-    one size that the config states.
+    Token ids [2, length] (for an encoder–decoder's decoder [2, length − 2]), each with an attention mask whose second
+    row has `padded` positions of left padding; images [2, channels, height, width] and mel features [2, bins, frames]
+    of the one size that the config states.
 
     Raises CaptureError when the forward takes none of these.
     """
@@ -95,10 +95,10 @@ class _Defaults:
 def inputs_of_length(example: Example, length: int, *, padded: int = 0, resize: Sequence[int] | None = None) -> Inputs:
     """The user's example inputs with two rows and other token counts.
 
-    `resize` are the token counts (second dimensions) to change, the first of them to `length`, the next to two less, and
-    so on; None: that of the first tensor [B, T, …]. Masks over pairs of tokens, [T, S], that are causal or all equal
-    are made anew. A padding mask [B, T] (bool, or a whole-number tensor called a mask) that hides nothing gets `padded`
-    hidden positions at the start of the second row.
+    `resize` are the token counts (second dimensions) to change, the first of them to `length`, the next to two less,
+    and so on; None: that of the first tensor [B, T, …]; none at all leaves every size as it is. Masks over pairs of
+    tokens, [T, S], that are causal or all equal are made anew. A padding mask [B, T] (bool and hiding nothing, or a
+    whole-number tensor called a mask, which becomes ones) gets `padded` hidden positions at the start of row 1.
     """
     named = _named(example)
     counts = token_counts(example)
@@ -106,13 +106,14 @@ def inputs_of_length(example: Example, length: int, *, padded: int = 0, resize: 
         raise CaptureError("example_inputs holds no tensor [batch, time, …]")
     chosen = counts[:1] if resize is None else resize
     lengths = {count: length - 2 * i for i, count in enumerate(chosen)}
+    rows = next(v.shape[0] for v in named.values() if isinstance(v, Tensor) and v.dim() >= 2)
     done: dict[int, Tensor] = {}
 
     def change(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
         if id(value) not in done:
-            done[id(value)] = _changed(name, value, lengths, padded)
+            done[id(value)] = _padded(name, _resized(value, lengths, rows), padded)
         return done[id(value)]
 
     changed = {name: change(name, value) for name, value in named.items()}
@@ -164,14 +165,25 @@ def _named(example: Example) -> dict[str, Any]:
     return dict(example) if isinstance(example, Mapping) else {str(i): v for i, v in enumerate(example)}
 
 
-def _changed(name: str, value: Tensor, lengths: Mapping[int, int], padded: int) -> Tensor:
+def _resized(value: Tensor, lengths: Mapping[int, int], rows: int) -> Tensor:
+    if not lengths:
+        return value
     if _is_pairs(value):
         return _new_pairs(value, lengths)
-    value = value.repeat(-(-BATCH // value.shape[0]), *[1] * (value.dim() - 1))[:BATCH]
+    if value.shape[0] == rows:
+        value = value.repeat(-(-BATCH // rows), *[1] * (value.dim() - 1))[:BATCH]
     if value.shape[1] in lengths:
         length = lengths[value.shape[1]]
         value = value.repeat(1, -(-length // value.shape[1]), *[1] * (value.dim() - 2))[:, :length]
-    if padded and value.dim() == 2 and _is_padding(name, value) and bool((value == value[0, 0]).all()):
+    return value
+
+
+def _padded(name: str, value: Tensor, padded: int) -> Tensor:
+    if value.dim() != 2 or _is_pairs(value) or not _is_padding(name, value):
+        return value
+    if value.dtype != torch.bool:
+        value = torch.ones_like(value)
+    if padded and len(value) > 1 and bool((value == value[0, 0]).all()):
         value = value.clone()
         value[1, : min(padded, value.shape[1] // 2)] = _hidden_value(value)
     return value

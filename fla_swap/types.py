@@ -118,7 +118,8 @@ class CallContract:
     stands in it (the other places get None). `cos`, `sin`: rotary tables when the caller passes them.
     `cache_index`: the layer number with which the owner updates the cache. `memory`: the encoder states of a
     cross-attention. `residual`: what the owner adds to the attention's output itself before it returns it.
-    `time_first`: hidden states come and go as [T, B, D].
+    `time_first`: hidden states come and go as [T, B, D]. `pairs`: a mask [T, S]; `padding`: one over the keys, [B, S],
+    to be added, or true where a key is hidden. `hides`: masks of truth values are true where a key is hidden.
     """
 
     hidden: ArgPath
@@ -133,6 +134,9 @@ class CallContract:
     memory: ArgPath | None = None
     residual: ArgPath | None = None
     time_first: bool = False
+    pairs: ArgPath | None = None
+    padding: ArgPath | None = None
+    hides: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fla_swap.arguments import get_argument, set_argument
+from fla_swap.arguments import get_argument, leaves, set_argument
 from fla_swap.errors import FlaSwapError, VerificationError
 from fla_swap.mixers.softmax import Softmax
-from fla_swap.types import AttentionSite
+from fla_swap.types import ArgPath, AttentionSite
 
 TOLERANCE = 1e-4
 
@@ -29,12 +29,13 @@ TOLERANCE = 1e-4
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """How the owner was called in the real model: `args` and `kwargs` recorded by hooks; `valid` bool [B, T];
-    `positions` int [B, T], as the model was given them (None: it was given none)."""
+    `positions` int [B, T], as the model was given them (None: it was given none); `memory_valid` bool [B, S]."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     valid: Tensor
     positions: Tensor | None
+    memory_valid: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,11 @@ def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
     """
     twin = randomised(owner)
     args, kwargs = _as_fp32((call.args, call.kwargs))
-    hidden = get_argument(site.call.hidden, args, kwargs)
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(hidden.shape, generator=generator).to(hidden.device)
-    args, kwargs = set_argument(site.call.hidden, hidden, args, kwargs)
+    hidden, args, kwargs = _random_stream(site.call.hidden, args, kwargs, seed=1)
+    more: dict[str, Any] = {"valid": call.valid, "positions": call.positions}
+    if site.call.memory is not None:
+        memory, args, kwargs = _random_stream(site.call.memory, args, kwargs, seed=2)
+        more |= {"memory": _batch_first(site, memory), "memory_valid": call.memory_valid}
     weights = {f"{site.fqn}.{n}" if site.fqn else n: t for n, t in twin.state_dict().items()}
     with torch.no_grad():
         wanted = _output(site, twin(*args, **kwargs))
@@ -66,9 +68,7 @@ def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
         except (FlaSwapError, KeyError, RuntimeError) as error:
             raise VerificationError(f"{site.fqn}: the attention cannot be rebuilt from its site: {error}") from error
         error = max(
-            _difference(
-                mixer(hidden, valid=call.valid, positions=call.positions, cos_sin=tables)[0], wanted, call.valid
-            )
+            _difference(mixer(_batch_first(site, hidden), cos_sin=tables, **more)[0], wanted, call.valid)
             for tables in _table_choices(site, args, kwargs)
         )
     if not error <= TOLERANCE:
@@ -76,8 +76,23 @@ def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
             f"{site.fqn}: the rebuilt attention differs from the module's own output by {error:.2e} (relative, fp32; "
             f"at most {TOLERANCE:.0e} is accepted): {site.source} computes something that the site does not say"
         )
-    dropout = _dropout(twin, args, kwargs, hidden.shape[1])
+    keys = call.valid if call.memory_valid is None else call.memory_valid
+    dropout = _dropout(twin, args, kwargs, (call.valid.shape[1], keys.shape[1]))
     return Proof(error=error, dropout=dropout, eager_error=_eager(site, twin, args, kwargs, wanted, call.valid))
+
+
+def _random_stream(path: ArgPath, args: tuple, kwargs: dict, *, seed: int) -> tuple[Tensor, tuple, dict]:
+    """Random values in the place of the tensor at `path`, and wherever an equal one is passed."""
+    before = get_argument(path, args, kwargs)
+    after = torch.randn(before.shape, generator=torch.Generator().manual_seed(seed)).to(before.device)
+    for place, value in leaves(args, kwargs):
+        if isinstance(value, Tensor) and value.shape == before.shape and torch.equal(value, before):
+            args, kwargs = set_argument(place, after, args, kwargs)
+    return after, args, kwargs
+
+
+def _batch_first(site: AttentionSite, x: Tensor) -> Tensor:
+    return x.transpose(0, 1) if site.call.time_first else x
 
 
 def _table_choices(site: AttentionSite, args: tuple, kwargs: dict) -> list[tuple[Tensor, Tensor] | None]:
@@ -110,7 +125,7 @@ def _difference(found: Tensor, wanted: Tensor, valid: Tensor) -> float:
 
 
 def _output(site: AttentionSite, returned: Any) -> Tensor:
-    return returned if site.call.outputs is None else returned[site.call.output_index]
+    return _batch_first(site, returned if site.call.outputs is None else returned[site.call.output_index])
 
 
 def _as_fp32(value: Any) -> Any:
@@ -126,9 +141,9 @@ def _as_fp32(value: Any) -> Any:
 class _DropoutProbe(TorchFunctionMode):
     """Notes the dropout applied to attention probabilities, and drops nothing."""
 
-    def __init__(self, length: int):
+    def __init__(self, lengths: tuple[int, int]):
         super().__init__()
-        self.length, self.found = length, 0.0
+        self.lengths, self.found = lengths, 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -138,18 +153,22 @@ class _DropoutProbe(TorchFunctionMode):
                 self.found, bound[4] = max(self.found, float(bound[4])), 0.0
             self.found = max(self.found, float(kwargs.pop("dropout_p", 0.0)))
             return func(*bound, **kwargs)
+        if func is F.multi_head_attention_forward:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            self.found = max(self.found, float(given["dropout_p"]))
+            return func(*args, **kwargs)
         if func in (F.dropout, torch.dropout):
             bound_args = inspect.signature(F.dropout).bind_partial(*args, **kwargs).arguments
             x = bound_args["input"]
-            if x.shape[-1] == self.length and x.dim() >= 3 and x.shape[-2] == self.length:
+            if x.dim() >= 3 and x.shape[-2:] == self.lengths:
                 self.found = max(self.found, float(bound_args.get("p", 0.5)))
             return x
         return func(*args, **kwargs)
 
 
-def _dropout(twin: nn.Module, args: tuple, kwargs: dict, length: int) -> float:
+def _dropout(twin: nn.Module, args: tuple, kwargs: dict, lengths: tuple[int, int]) -> float:
     twin.train()
-    probe = _DropoutProbe(length)
+    probe = _DropoutProbe(lengths)
     with torch.no_grad(), probe:
         twin(*args, **kwargs)
     twin.eval()

@@ -200,6 +200,12 @@ class CapturedGraph:
             known[node] = self._execute(node, known)
         return known[target]
 
+    def parameters_of(self, node: fx.Node) -> list[str]:
+        """Names of the trainable (floating) parameters whose values a closed node is made of."""
+        found = [n for n in self._needed(node, {}) if n.op == "placeholder" and n.name in self.weights]
+        values = ((self.weights[n.name], self.values[n.name]) for n in found)
+        return [name for name, v in values if isinstance(v, torch.nn.Parameter) and v.is_floating_point()]
+
     def _needed(self, target: fx.Node, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
         needed: set[fx.Node] = set()
         self._collect(target, known, needed)

@@ -34,6 +34,11 @@ def evaluate_mask(terms: Sequence[MaskTerm], causal: bool, graph: CapturedGraph)
         seen = seen.tril()
     bias: Tensor | None = None
     for term in terms:
+        learned = graph.parameters_of(term.node)
+        if learned:
+            raise MaskRefused(
+                f"a learned bias on the scores, made of the parameter {learned[0]!r} (relative positions)"
+            )
         value = graph.evaluate(term.node)
         if term.flat and value.dim() == 3 and value.shape[0] > 1 and value.shape[0] % graph.batch == 0:
             value = value.unflatten(0, (graph.batch, -1))

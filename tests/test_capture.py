@@ -7,8 +7,9 @@ import torch
 from models import tiny
 from torch import Tensor, nn
 
-from fla_swap.capture import capture, default_inputs, inputs_of_length
+from fla_swap.capture import capture
 from fla_swap.errors import CaptureError
+from fla_swap.model_inputs import default_inputs, inputs_of_length
 
 
 def test_regions_without_gradients_are_part_of_the_graph() -> None:
