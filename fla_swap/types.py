@@ -13,11 +13,13 @@ class WeightRef:
 
     `rows` are half-open ranges along the *output* dimension, concatenated in order (None: the whole parameter), so
     a fused qkv is three refs to one parameter, also where heads are interleaved. `transposed`: stored [in, out].
+    `more`: what stands in other parameters, concatenated after it (a list of norms, one for each head).
     """
 
     name: str
     rows: tuple[tuple[int, int], ...] | None = None
     transposed: bool = False
+    more: tuple[WeightRef, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +44,9 @@ class Projection:
 class Norm:
     """A norm over the head dimension (or over all heads at once when `across_heads`).
 
-    `kind` "rms" or "layer"; `offset` is added to the weight before use (Gemma stores weight − 1). `per_head`: the norm
-    acts on each head, with weights of its own for each, [heads · head_dim] in all.
+    `kind` "rms", "layer" or "l2" (x / max(‖x‖, eps)); `offset` is added to the weight before use (Gemma stores
+    weight − 1). `per_head`: the norm acts on each head, with weights of its own for each, [heads · head_dim] in all
+    (stored so, or as [heads, head_dim]).
     """
 
     kind: str
@@ -69,11 +72,15 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Temperature:
-    """Queries times `1 + scale · log(1 + ⌊(position + offset) / length⌋)`, positions from 0 (Llama 4; 2501.19399)."""
+    """Queries times `1 + scale · log(1 + ⌊(position + offset) / length⌋)`, positions from 0 (Llama 4; 2501.19399).
+
+    `padding`: the owner counts the positions itself, tokens of padding too.
+    """
 
     scale: float
     length: int
     offset: int = 0
+    padding: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

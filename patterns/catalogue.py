@@ -6,18 +6,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fla_swap.errors import RecogniserError
+from fla_swap.patterns.adapters import Adapted
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.core import FusedCore, SoftmaxCore
 from fla_swap.patterns.norm import QKNorm
-from fla_swap.patterns.path import Factor
+from fla_swap.patterns.path import Clip, Factor
 from fla_swap.patterns.plugins import checked, installed_recognisers
 from fla_swap.patterns.projection import Project
 from fla_swap.patterns.rope import Rotary
 from fla_swap.patterns.scores import Floor, Mask, Scale, Softcap
 from fla_swap.patterns.sinks import Shift, Sinks
+from fla_swap.patterns.temperature import LogTemperature
 
 SCORES: tuple[Recogniser, ...] = (Shift(), Sinks(), Softcap(), Scale(), Mask(), Floor())
-PATH: tuple[Recogniser, ...] = (Project(), QKNorm(), Factor(), Rotary())
+PATH: tuple[Recogniser, ...] = (Project(), Adapted(), QKNorm(), Factor(), Clip(), LogTemperature(), Rotary())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fla_swap.patterns.base import ABSENT, Found, Recogniser, Refused, Result
-from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, op_name
+from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, op_name
 from fla_swap.patterns.norm import NormFacts
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.scores import split_factor
-from fla_swap.types import Rope
+from fla_swap.types import Rope, Temperature
+
+CLAMP = _ops("clamp", "clamp_", "clip", "clip_", "hardtanh", "hardtanh_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,22 @@ class Factor:
         return Found(facts={"scale": found[0]}, nodes=(node,), next=found[1])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """q, k or v held between −c and c (OLMo, DBRX, MPT)."""
+
+    name: str = "clip"
+    slot: str = "path"
+
+    def match(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        if node.target not in CLAMP or not isinstance(node.args[0], fx.Node) or not graph.is_open(node.args[0]):
+            return ABSENT
+        low, high = (graph.constant(argument(node, *where)) for where in ((1, "min"), (2, "max")))
+        if low is None or high is None or low != -high or high <= 0:
+            return Refused(f"a clamp between {low} and {high}, where a site states −c and c", node)
+        return Found(facts={"clip": high}, nodes=(node,), next=node.args[0])
+
+
 @dataclass(kw_only=True)
 class Path:
     """What lies between a projection and the core. `steps` names the recognised steps, nearest to the core first."""
@@ -37,6 +55,8 @@ class Path:
     scale: float = 1.0
     rope: Rope | None = None
     norm: NormFacts | None = None
+    clip: float | None = None
+    temperature: Temperature | None = None
     steps: list[str] = field(default_factory=list)
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -78,11 +98,15 @@ def _first(node: fx.Node, recognisers: Sequence[Recogniser], graph: CapturedGrap
 
 def _take(path: Path, found: Found, node: fx.Node) -> Refused | None:
     facts = found.facts
+    if path.clip is not None and "projection" not in facts:
+        return Refused("a clamp that does not follow the projection itself", node)
     if "scale" in facts:
         if path.norm is not None:
             return Refused("a factor before the norm of q or k", node)
         path.scale *= facts["scale"]
-    for name in ("rope", "norm"):
+    if "temperature" in facts and path.norm is not None:
+        return Refused("a factor that depends on the position, before the norm", node)
+    for name in ("rope", "norm", "clip", "temperature"):
         if name in facts:
             if getattr(path, name) is not None:
                 return Refused(f"two steps of the kind {name!r} on one path", node)

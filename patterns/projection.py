@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fla_swap.patterns.base import ABSENT, Found, Refused, Result
 from fla_swap.patterns.graph import CAST, CONTRACTION, CapturedGraph, NotLayout, _ops, argument, shape
 from fla_swap.patterns.scores import ADD
-from fla_swap.types import Projection, WeightRef
+from fla_swap.types import LowRank, Projection, WeightRef
 
 LINEAR, ADDMM, PRODUCT = _ops("linear"), _ops("addmm"), _ops("matmul", "mm")
 
@@ -37,8 +37,25 @@ class Stored:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """`scale · up @ down`, added to a weight: down [r, in], up [out, r]."""
+
+    down: Stored
+    up: Stored
+    scale: float
+
+    def low_rank(self, order: Tensor) -> LowRank:
+        """The adapter of a map whose outputs stand in `order`."""
+        rank = torch.arange(len(self.down.rows))
+        return LowRank(down=self.down.ref(rank), up=self.up.ref(order), scale=self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Linear:
-    """One linear map in the graph, y = x Wᵀ + b: nodes `out` and `x`, widths `inputs` and `outputs`."""
+    """One linear map in the graph, y = x Wᵀ + b: nodes `out` and `x`, widths `inputs` and `outputs`.
+
+    `nodes`: all that belongs to it, adapters too.
+    """
 
     x: fx.Node
     out: fx.Node
@@ -46,10 +63,16 @@ class Linear:
     bias: Stored | None
     inputs: int
     outputs: int
+    adapters: tuple[Adapter, ...] = ()
+    nodes: tuple[fx.Node, ...] = ()
 
     def projection(self, order: Tensor) -> Projection:
         """This map with its outputs in `order` (indices)."""
-        return Projection(weight=self.weight.ref(order), bias=None if self.bias is None else self.bias.ref(order))
+        return Projection(
+            weight=self.weight.ref(order),
+            bias=None if self.bias is None else self.bias.ref(order),
+            adapters=tuple(a.low_rank(order) for a in self.adapters),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +125,10 @@ class Project:
             return Refused("the projection's bias is not (a part of) one stored parameter", node)
         dims = shape(x)
         assert dims is not None
-        linear = Linear(x=x, out=node, weight=stored, bias=vector, inputs=dims[-1], outputs=len(stored.rows))
+        outputs = len(stored.rows)
+        linear = Linear(
+            x=x, out=node, weight=stored, bias=vector, inputs=dims[-1], outputs=outputs, nodes=(node,)
+        )
         return Found(facts={"projection": linear}, nodes=(node,), next=None)
 
 
