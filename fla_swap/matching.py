@@ -6,7 +6,6 @@ Each step that holds counts as progress; the first that does not becomes the nea
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,9 @@ from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.graph import CapturedGraph, modules_of, op_name, shape, source_of
 from fla_swap.patterns.heads import Heads, HeadsRefused, group, trace_heads
+from fla_swap.patterns.latent import describe_latent
 from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify, evaluate_mask, length_hints
-from fla_swap.patterns.norm import NormFacts
+from fla_swap.patterns.norm import NormRefused, state_norm
 from fla_swap.patterns.output import Boundary, check_order, find_boundary, find_output, find_owner
 from fla_swap.patterns.path import Path, walk_path
 from fla_swap.patterns.projection import Linear
@@ -73,7 +73,7 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
             sites.append(attempt.run(len(sites)))
             fixed += [sites[-1].fqn] if attempt.one_length else []
         except _Stop as stop:
-            misses.append(attempt.near_miss(stop))
+            misses.append(attempt.near_miss(attempt.explained(stop)))
     misses.sort(key=lambda m: -m.progress)
     return MatchResult(sites=tuple(sites), near_misses=tuple(misses), unclaimed=tuple(unclaimed), fixed=tuple(fixed))
 
@@ -137,6 +137,14 @@ class _Attempt:
             anchor=self.node.name,
         )
 
+    def explained(self, stop: _Stop) -> _Stop:
+        """Where projections stand in series, that is the reason, whichever slot noticed it first."""
+        modules = modules_of(self.node)
+        if stop.slot not in ("q", "k", "v", "rope", "norm", "owner") or not modules:
+            return stop
+        latent = describe_latent(self._core(self.node, self.graph), modules[-1], self.graph)
+        return stop if latent is None else _Stop("projection", latent, stop.node)
+
     def run(self, layer: int) -> AttentionSite:
         core = self._core(self.node, self.graph)
         self.done.append("core")
@@ -169,8 +177,11 @@ class _Attempt:
             mask=mask,
             call=CallContract(hidden=ArgPath(position=0), time_first=self.view.time_first),
             rope=q.rope,
-            q_norm=self._norm("q", q, rows["q"]),
-            k_norm=self._norm("k", k, rows["k"]),
+            q_norm=self._norm("q", q, heads["q"], rows["q"]),
+            k_norm=self._norm("k", k, heads["k"], rows["k"]),
+            v_norm=self._norm("v", v, heads["v"], rows["v"]),
+            clip=q.clip,
+            temperature=q.temperature,
             norm_after_rope=q.norm_after_rope,
             softcap=core.get("softcap"),
             sinks=core.get("sinks"),
@@ -201,10 +212,14 @@ class _Attempt:
 
     def _check_paths(self, q: Path, k: Path, v: Path) -> None:
         assert q.linear and k.linear and v.linear
-        if v.rope is not None or v.norm is not None or v.scale != 1.0:
-            raise _Stop(
-                "v", f"the values pass through {v.steps or ['a factor']}, which a site cannot state", v.linear.out
-            )
+        if v.rope is not None or v.temperature is not None or v.scale != 1.0:
+            steps = [s for s in v.steps if s in ("rope", "temperature")] or ["a factor"]
+            raise _Stop("v", f"the values pass through {', '.join(steps)}, which a site cannot state", v.linear.out)
+        if k.temperature is not None:
+            raise _Stop("k", "the keys are scaled by an amount that depends on the position", k.linear.out)
+        if len({q.clip, k.clip, v.clip}) != 1:
+            reason = f"q, k and v are clamped differently (to ±{q.clip}, ±{k.clip} and ±{v.clip})"
+            raise _Stop("clip", reason, q.linear.out)
         if not _close(q.rope, k.rope):
             raise _Stop("rope", "q and k are rotated differently", q.linear.out)
         both = q.norm is not None and k.norm is not None
@@ -270,7 +285,15 @@ class _Attempt:
                 entry = boundary.memory or boundary.hidden
                 view = view.sized(length=view.key_length, batch=view.batch, time_first=view.time_first)
             try:
-                heads[side] = trace_heads(path.linear, entry, core[side], path.same, view, transposed=flipped)
+                heads[side] = trace_heads(
+                    path.linear,
+                    entry,
+                    core[side],
+                    path.same,
+                    view,
+                    transposed=flipped,
+                    also=None if path.norm is None else path.norm.x,
+                )
             except HeadsRefused as refused:
                 raise _Stop(side, str(refused), path.linear.out) from refused
         count = len(heads["q"].rows)
@@ -326,20 +349,14 @@ class _Attempt:
         self.done.append("mask")
         return mask, alibi
 
-    def _norm(self, side: str, path: Path, rows: Tensor) -> Norm | None:
-        facts: NormFacts | None = path.norm
-        if facts is None:
+    def _norm(self, side: str, path: Path, heads: Heads, rows: Tensor) -> Norm | None:
+        if path.norm is None:
             return None
-        assert path.linear is not None
-        heads, width = rows.shape
-        if facts.weight_dims != 1:
-            raise _Stop("norm", f"the norm of {side} has weights of its own for each head", path.linear.out)
-        if facts.size == width:
-            return facts.norm
-        ordered = bool((rows.flatten().diff() == 1).all())
-        if facts.size == heads * width and ordered:
-            return dataclasses.replace(facts.norm, across_heads=True)
-        raise _Stop("norm", f"the norm of {side} acts on {facts.size} channels, a head has {width}", path.linear.out)
+        assert path.linear is not None and heads.rows_at is not None
+        try:
+            return state_norm(path.norm, heads.rows_at, rows)
+        except NormRefused as refused:
+            raise _Stop("norm", f"the norm of {side} {refused}", path.linear.out) from refused
 
     def _same_at_every_length(self, q: Path, k: Path) -> None:
         """Frequencies and scales that depend on the length (dynamic scaling) cannot be stated in a site."""

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside a projection: y = W x + s · B (A (dropout x)), as often as there are adapters (2106.09685)."""
+"""Low-rank adapters beside a projection, any number of them: y = W x + s · B (A (dropout x)) + … (2106.09685)."""
 
 from __future__ import annotations
 

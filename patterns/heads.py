@@ -20,11 +20,13 @@ class HeadsRefused(Exception):
 class Heads:
     """`rows` [H, K]: the projection's output that stands at (head, channel) of the core's operand.
 
-    `batch_of` [L]: the batch row of each leading index of that operand, flattened.
+    `batch_of` [L]: the batch row of each leading index of that operand, flattened. `rows_at`: the output that stands
+    at each entry of a node on the way, where one was asked for.
     """
 
     rows: Tensor
     batch_of: Tensor
+    rows_at: Tensor | None = None
 
 
 def hidden_numbers(linear: Linear, hidden: fx.Node, graph: CapturedGraph) -> Tensor:
@@ -51,16 +53,22 @@ def trace_heads(
     graph: CapturedGraph,
     *,
     transposed: bool = False,
+    also: fx.Node | None = None,
 ) -> Heads:
-    """The rows behind `target` [..., T, K] (or [..., K, T] when `transposed`). Raises `HeadsRefused`."""
+    """The rows behind `target` [..., T, K] (or [..., K, T] when `transposed`), and behind `also` on the way to it.
+
+    Raises `HeadsRefused`.
+    """
+    start = hidden_numbers(linear, hidden, graph)
     try:
-        numbers = graph.trace(linear.out, hidden_numbers(linear, hidden, graph), target, same)
+        numbers = graph.trace(linear.out, start, target, same)
+        rows_at = None if also is None else graph.trace(linear.out, start, also, same) % linear.outputs
     except NotLayout as stop:
         raise HeadsRefused(f"{op_name(stop.node)} between the projection and the core") from stop
     if transposed:
         numbers = numbers.transpose(-1, -2)
     batch_of = numbers.reshape(-1, *numbers.shape[-2:])[:, 0, 0] // linear.outputs // graph.length
-    return Heads(rows=rows_of(numbers, linear.outputs, graph), batch_of=batch_of)
+    return Heads(rows=rows_of(numbers, linear.outputs, graph), batch_of=batch_of, rows_at=rows_at)
 
 
 def rows_of(numbers: Tensor, outputs: int, graph: CapturedGraph) -> Tensor:

@@ -109,9 +109,7 @@ class QKNorm:
             spreads[number] = read_spread(value, graph)
             if spreads[number] is None:
                 return Refused("a norm whose weight is computed", nodes[0])
-        facts = NormFacts(
-            kind=core.kind, eps=core.eps, weight=spreads[0], bias=spreads[1], size=dims[-1], x=core.x
-        )
+        facts = NormFacts(kind=core.kind, eps=core.eps, weight=spreads[0], bias=spreads[1], size=dims[-1], x=core.x)
         found = {"norm": facts} if factor == 1.0 else {"norm": facts, "scale": factor}
         return Found(facts=found, nodes=nodes, next=core.x)
 
@@ -175,9 +173,9 @@ def _weighted(node: fx.Node, ops: frozenset, graph: CapturedGraph) -> tuple[fx.N
         if graph.is_open(closed) or not graph.is_open(opened):
             continue
         dims, wide = shape(closed), shape(opened)
-        if dims is not None and wide and graph.length not in dims and weights_behind(closed, graph):
-            if not dims or dims[-1] in (1, wide[-1]):
-                return closed, opened
+        fits = dims is not None and bool(wide) and graph.length not in dims and (not dims or dims[-1] in (1, wide[-1]))
+        if fits and weights_behind(closed, graph):
+            return closed, opened
     return None
 
 

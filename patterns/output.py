@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fla_swap.patterns.adapters import linear_of_all
 from fla_swap.patterns.base import Found, Refused
 from fla_swap.patterns.graph import (
     CAST,
@@ -31,6 +32,9 @@ def find_output(core: fx.Node, graph: CapturedGraph) -> Linear | Refused:
     while True:
         users = readers(walk)
         if len(users) != 1:
+            adapted = linear_of_all(users, graph)
+            if adapted is not None:
+                return adapted
             return Refused(f"the attention's output is read by {len(users)} operations, expected one", walk)
         (user,) = users
         found = Project().match(user, graph)

@@ -126,9 +126,7 @@ class Project:
         dims = shape(x)
         assert dims is not None
         outputs = len(stored.rows)
-        linear = Linear(
-            x=x, out=node, weight=stored, bias=vector, inputs=dims[-1], outputs=outputs, nodes=(node,)
-        )
+        linear = Linear(x=x, out=node, weight=stored, bias=vector, inputs=dims[-1], outputs=outputs, nodes=(node,))
         return Found(facts={"projection": linear}, nodes=(node,), next=None)
 
 

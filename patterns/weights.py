@@ -1,4 +1,4 @@
-"""Which entries of which parameters stand in a closed tensor: it is run on numbered entries, and the numbers read off."""
+"""Which entries of which parameters stand in a closed tensor: it is run on numbered entries, and these are read off."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fla_swap.errors import MixerError
 from fla_swap.types import AttentionSite, Norm, Projection, Rope, WeightRef, from_jsonable
@@ -195,6 +196,9 @@ def wide(x: Tensor) -> Tensor:
 
 def read_ref(weights: Mapping[str, Tensor], ref: WeightRef) -> Tensor:
     """The tensor that a reference means: transposed to [out, in], its rows selected. Shares memory where it can."""
+    if ref.more:
+        first = dataclasses.replace(ref, more=())
+        return torch.cat([read_ref(weights, part) for part in (first, *ref.more)])
     tensor = weights[ref.name]
     if ref.transposed:
         tensor = tensor.t()
@@ -287,7 +291,10 @@ class HeadNorm(nn.Module):
         y = wide(x).flatten(-2) if self.norm.across_heads else wide(x)
         if self.norm.kind == "layer":
             y = y - y.mean(-1, keepdim=True)
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.norm.eps)
+        if self.norm.kind == "l2":
+            y = F.normalize(y, dim=-1, eps=self.norm.eps)
+        else:
+            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.norm.eps)
         if self.weight is not None:
             y = y * (self._per_channel(self.weight) + self.norm.offset)
         if self.bias is not None:
@@ -302,7 +309,7 @@ class HeadNorm(nn.Module):
         for own, ref in ((self.weight, self.norm.weight), (self.bias, self.norm.bias)):
             if own is None or ref is None:
                 continue
-            value = read_ref(weights, ref)
+            value = read_ref(weights, ref).flatten()
             if self.apart and heads is not None and heads != self.heads:
                 value = repeat_heads(value, heads, self.heads // heads)
             own.copy_(value.reshape(own.shape))  # a norm for each head may be stored as [heads, width]

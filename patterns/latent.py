@@ -1,0 +1,87 @@
+"""Projections in series: multi-head latent attention (2405.04434) and low-rank queries, told apart for the refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from fla_swap.patterns.adapters import match_linear
+from fla_swap.patterns.base import Found
+from fla_swap.patterns.graph import CAST, CONTRACTION, DROPOUT, LAYOUT, CapturedGraph, modules_of
+from fla_swap.patterns.norm import QKNorm
+from fla_swap.patterns.projection import Linear
+
+_QUIET = LAYOUT | CAST | DROPOUT
+_REACH = 80
+
+
+def describe_latent(core: Mapping[str, Any], owner: str, graph: CapturedGraph) -> str | None:
+    """What the projections of a core do that a site cannot state: several in series. None when they are not.
+
+    `owner`: the module around the core; what lies before it is not looked at.
+    """
+    q, k, v = (_projections(core[side], owner, graph) for side in "qkv")
+    ranks = {side: _ranks(found, owner, graph) for side, found in zip("qkv", (q, k, v), strict=True)}
+    if ranks["k"] or ranks["v"]:
+        rank = max(ranks["k"] | ranks["v"])
+        queries = f"q of rank {max(ranks['q'])}" if ranks["q"] else "q of full rank"
+        shared = _shared(k, v)
+        turned = f", {shared} rotary channels shared by all heads" if shared else ""
+        return (
+            f"multi-head latent attention: {queries}, keys and values of rank {rank}{turned}: "
+            "a site states one matrix for each projection"
+        )
+    if ranks["q"]:
+        return f"low-rank queries: q goes through {max(ranks['q'])} channels, and a site states one matrix for q"
+    return None
+
+
+def _projections(start: fx.Node, owner: str, graph: CapturedGraph) -> list[Linear]:
+    """The nearest projections behind an operand of the core."""
+    found: list[Linear] = []
+    seen: set[fx.Node] = set()
+    stack = [start]
+    while stack and len(seen) < _REACH:
+        node = stack.pop()
+        if node in seen or owner not in modules_of(node):
+            continue
+        seen.add(node)
+        if node.target in CONTRACTION or "add" in str(node.target):
+            result = match_linear(node, graph)
+            if isinstance(result, Found):
+                found.append(result.facts["projection"])
+                continue
+        stack.extend(graph.open_inputs(node))
+    return found
+
+
+def _ranks(linears: list[Linear], owner: str, graph: CapturedGraph) -> set[int]:
+    """Widths of what lies between two projections in series: `inputs` of the later one."""
+    return {linear.inputs for linear in linears if _follows(linear.x, owner, graph)}
+
+
+def _follows(node: fx.Node, owner: str, graph: CapturedGraph) -> bool:
+    """Whether `node` comes from another projection of the owner, through norms and movements of data alone."""
+    while owner in modules_of(node):
+        if isinstance(match_linear(node, graph), Found):
+            return True
+        norm = QKNorm().match(node, graph)
+        if isinstance(norm, Found) and norm.next is not None:
+            node = norm.next
+            continue
+        inputs = graph.open_inputs(node)
+        if node.target not in _QUIET or len(inputs) != 1:
+            return False
+        node = inputs[0]
+    return False
+
+
+def _shared(k: list[Linear], v: list[Linear]) -> int:
+    """How many channels the keys have beside those that come from the latent: they are copied to every head."""
+    latent = {linear.out for linear in v}
+    beside = [linear for linear in k if linear.out not in latent]
+    inner = max((linear.inputs for linear in v), default=0)
+    widths = [linear.outputs - inner if linear.outputs > inner else linear.outputs for linear in beside]
+    return min(widths, default=0)
