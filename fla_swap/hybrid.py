@@ -103,12 +103,12 @@ class SwappedAttention(nn.Module):
             keys, values = cache.update(keys, values, self.call.cache_index)
             return (keys[:, :, :tokens], values[:, :, :tokens]) if whole else (keys, values)
 
-        if cache is not None:
-            self._place(where, cache.get_seq_length(self.call.cache_index), hidden)
+        starts = self._starts_from_positions(mask, cache, where)
+        self._place(where, None if cache is None else cache.get_seq_length(self.call.cache_index), hidden)
         mixed, _ = self.mixer(
             hidden,
             valid=mask != 0 if padding else None,
-            starts=self._starts_from_positions(mask, cache, where),
+            starts=starts,
             cu_seqlens=packed if mask is None else None,
             attention_mask=None if padding else mask,
             kv_update=None if cache is None else update,
@@ -122,7 +122,6 @@ class SwappedAttention(nn.Module):
         layer = None
         if cache is not None:
             layer = state_layer(cache, self.cache_index(), self.mixer, hidden)
-            self._place(where, layer.get_seq_length(), hidden)
         valid = starts = None
         if packed is None:
             valid, starts = read_mask(mask, hidden, 0 if layer is None else layer.get_seq_length())
@@ -130,6 +129,7 @@ class SwappedAttention(nn.Module):
                 starts = None  # every token sees itself alone: such a mask says nothing about documents
             if starts is None:
                 starts = self._starts_from_positions(mask, cache, where)
+        self._place(where, None if layer is None else layer.get_seq_length(), hidden)
         arguments = {**where, "valid": valid, "starts": starts, "cu_seqlens": packed}
         if layer is None:
             return self.mixer(hidden, **arguments)[0]
@@ -164,10 +164,17 @@ class SwappedAttention(nn.Module):
         self.mixer(cut(hidden), state=state, **{n: cut(v) for n, v in arguments.items()})
 
     def _place(self, where: dict[str, Any], seen: Any, hidden: Tensor) -> None:
-        """Positions after `seen` tokens, for a mixer that needs them and is told none."""
-        needs = self.site.temperature is not None or (self.site.rope is not None and where["cos_sin"] is None)
-        if needs and where["positions"] is None:
-            where["positions"] = torch.arange(hidden.shape[1], device=hidden.device)[None] + seen
+        """Positions after the `seen` tokens of a cache, for a mixer that needs them and is told none.
+
+        A temperature that counts tokens of padding has them from here also without a cache (`seen` None).
+        """
+        temperature = self.site.temperature
+        counts = temperature is not None and temperature.padding
+        needs = temperature is not None or (self.site.rope is not None and where["cos_sin"] is None)
+        if counts or (needs and seen is not None and where["positions"] is None):
+            where["positions"] = torch.arange(hidden.shape[1], device=hidden.device)[None] + (
+                0 if seen is None else seen
+            )
 
     def _starts_from_positions(self, mask: Any, cache: Any, where: dict[str, Any]) -> Tensor | None:
         """Documents of a packed batch told by position 0: where attention gets no mask and reads the positions itself.

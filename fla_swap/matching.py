@@ -205,7 +205,7 @@ class _Attempt:
         view = view if side == "q" else view.sized(length=view.key_length)
         path = walk_path(core[side], self.patterns.path, view)
         if isinstance(path, Refused):
-            raise _Stop(side, path.reason, path.node)
+            raise _Stop(path.slot or side, path.reason, path.node)
         if graph is self.graph:
             self.done.append(side)
         return path
@@ -219,7 +219,7 @@ class _Attempt:
             raise _Stop("k", "the keys are scaled by an amount that depends on the position", k.linear.out)
         if len({q.clip, k.clip, v.clip}) != 1:
             reason = f"q, k and v are clamped differently (to ±{q.clip}, ±{k.clip} and ±{v.clip})"
-            raise _Stop("clip", reason, q.linear.out)
+            raise _Stop("clip", reason, self.node)
         if not _close(q.rope, k.rope):
             raise _Stop("rope", "q and k are rotated differently", q.linear.out)
         both = q.norm is not None and k.norm is not None

@@ -56,7 +56,8 @@ def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
     twin = randomised(owner)
     args, kwargs = _as_fp32((call.args, call.kwargs))
     hidden, args, kwargs = _random_stream(site.call.hidden, args, kwargs, seed=1)
-    more: dict[str, Any] = {"valid": call.valid, "positions": call.positions}
+    counts = site.temperature is not None and site.temperature.padding
+    more: dict[str, Any] = {"valid": call.valid, "positions": None if counts else call.positions}
     if site.call.memory is not None:
         memory, args, kwargs = _random_stream(site.call.memory, args, kwargs, seed=2)
         more |= {"memory": _batch_first(site, memory), "memory_valid": call.memory_valid}

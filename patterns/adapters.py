@@ -66,8 +66,9 @@ def match_linear(node: fx.Node, graph: CapturedGraph) -> Result:
 def linear_of_all(readers: list[fx.Node], graph: CapturedGraph) -> Linear | None:
     """The one adapted projection that all of these operations are part of, None when there is none."""
     for reader in readers:
-        walk, found = reader, match_linear(reader, graph)
-        while isinstance(found, Found):
+        walk = _first_linear(reader, graph)
+        found = ABSENT if walk is None else match_linear(walk, graph)
+        while walk is not None and isinstance(found, Found):
             linear: Linear = found.facts["projection"]
             own = {*linear.nodes}
             if all(_ends_in(r, own) for r in readers):
@@ -77,6 +78,15 @@ def linear_of_all(readers: list[fx.Node], graph: CapturedGraph) -> Linear | None
                 break
             found = match_linear(walk, graph)
     return None
+
+
+def _first_linear(node: fx.Node, graph: CapturedGraph) -> fx.Node | None:
+    while not isinstance(match_linear(node, graph), Found):
+        users = [u for u in node.users if u.target not in SHAPE_ONLY]
+        if node.target not in _QUIET or len(users) != 1:
+            return None
+        node = users[0]
+    return node
 
 
 def _ends_in(node: fx.Node, own: set[fx.Node]) -> bool:
@@ -137,25 +147,28 @@ def _stored_factor(node: fx.Node, graph: CapturedGraph) -> bool:
 
 def _explained(node: fx.Node, base: Linear, change: fx.Node, graph: CapturedGraph) -> Refused | None:
     """Why what is added to a projection is no adapter, when it does come from the projection's input."""
-    seen, stack, own_norm, contractions = set(), [change], False, 0
-    while stack:
+    source = _source(base.x, graph)
+    seen: set[fx.Node] = set()
+    stack, own_norm, products, reached = [change], False, 0, False
+    while stack and len(seen) < 64:
         walk = stack.pop()
-        if walk in seen or walk is base.x:
+        if walk in seen or walk is source:
+            reached = reached or walk is source
             continue
         seen.add(walk)
-        if len(seen) > 64:
-            return None
-        contractions += walk.target in CONTRACTION and graph.is_open(walk)
+        products += walk.target in CONTRACTION
         if walk.target in MUL:
-            own_norm = own_norm or any(_has_length(n, graph) for n in walk.all_input_nodes if not graph.is_open(n))
-        if graph.is_open(walk):
-            stack.extend(graph.open_inputs(walk))
+            own_norm = own_norm or any(_has_length(n) for n in walk.all_input_nodes if not graph.is_open(n))
+        stack.extend(graph.open_inputs(walk))
+    if not reached or stack or not products:
+        return None
+    reason = "what is added to the projection comes from its input, but is not scale · up · down without a bias"
     if own_norm:
-        return Refused("a weight-decomposed adapter (DoRA): the weight is scaled by its own norm; merge it first", node)
-    return None
+        reason = "a weight-decomposed adapter (DoRA): the weight is scaled by its own norm; merge the adapter first"
+    return Refused(reason, node, slot="projection")
 
 
-def _has_length(closed: fx.Node, graph: CapturedGraph) -> bool:
+def _has_length(closed: fx.Node) -> bool:
     seen, stack = set(), [closed]
     while stack:
         walk = stack.pop()

@@ -31,10 +31,14 @@ class Absent:
 
 @dataclass(frozen=True)
 class Refused:
-    """The step is of the recogniser's kind but cannot be expressed in a site. Ends the match with this reason."""
+    """The step is of the recogniser's kind but cannot be expressed in a site. Ends the match with this reason.
+
+    `slot`: what a near miss calls the failing part, where that is not the part that was being walked.
+    """
 
     reason: str
     node: fx.Node
+    slot: str | None = None
 
 
 Result = Found | Absent | Refused

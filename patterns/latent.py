@@ -54,6 +54,7 @@ def _projections(start: fx.Node, owner: str, graph: CapturedGraph) -> list[Linea
                 found.append(result.facts["projection"])
                 continue
         stack.extend(graph.open_inputs(node))
+        stack.extend(graph.writers(node))
     return found
 
 

@@ -115,10 +115,9 @@ class QKNorm:
 
     def _each_head(self, node: fx.Node, graph: CapturedGraph) -> Result:
         """Parts of one tensor, each with a norm of its own, put together again in their places."""
-        pieces = node.args[0]
-        if not isinstance(pieces, list | tuple) or not all(isinstance(p, fx.Node) for p in pieces):
-            return ABSENT
-        results = [self.match(p, graph) for p in pieces if isinstance(p, fx.Node)]
+        given = node.args[0]
+        pieces = [p for p in given if isinstance(p, fx.Node)] if isinstance(given, list | tuple) else []
+        results = [self.match(p, graph) for p in pieces]
         if not results or not all(isinstance(r, Found) and "scale" not in r.facts for r in results):
             return ABSENT
         found = [r for r in results if isinstance(r, Found)]

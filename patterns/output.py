@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fla_swap.patterns.adapters import linear_of_all
 from fla_swap.patterns.base import Found, Refused
+from fla_swap.patterns.core import SDPA, SOFTMAX
 from fla_swap.patterns.graph import (
     CAST,
     DROPOUT,
@@ -44,8 +45,26 @@ def find_output(core: fx.Node, graph: CapturedGraph) -> Linear | Refused:
             linear: Linear = found.facts["projection"]
             return _with_bias(linear, graph)
         if user.target not in _QUIET or len(graph.open_inputs(user)) != 1:
+            if _meets_another(user, core, graph):
+                return Refused("the outputs of several attentions are combined (differential attention?)", user)
             return Refused(f"{op_name(user)} between the core and the output projection is not understood", user)
         walk = user
+
+
+def _meets_another(node: fx.Node, core: fx.Node, graph: CapturedGraph) -> bool:
+    """Whether another attention of the same module goes into `node`."""
+    inside = modules_of(core)
+    seen: set[fx.Node] = set()
+    stack = graph.open_inputs(node)
+    while stack and len(seen) < 40:
+        walk = stack.pop()
+        if walk is core or walk in seen or modules_of(walk) != inside:
+            continue
+        seen.add(walk)
+        if walk.target in SDPA | SOFTMAX:
+            return True
+        stack.extend(graph.open_inputs(walk))
+    return False
 
 
 def _with_bias(linear: Linear, graph: CapturedGraph) -> Linear:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fla_swap.capture import capture
 from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.graph import CapturedGraph, source_of
-from fla_swap.patterns.norm import QKNorm
+from fla_swap.patterns.norm import QKNorm, state_norm
 from fla_swap.patterns.path import Factor
 from fla_swap.patterns.projection import Project
 from fla_swap.patterns.rope import Rotary
@@ -152,9 +152,11 @@ def rms(x: Tensor, eps: float) -> Tensor:
 )
 def test_norm(body: Any, kind: str, offset: float, bias: str | None) -> None:
     found = facts(QKNorm(), body, LENGTH, 2, 8)["norm"]
-    assert (found.norm.kind, found.norm.offset, found.size) == (kind, offset, 8)
-    assert found.norm.eps == pytest.approx(1e-4) and found.norm.weight == WeightRef(name="g")
-    assert found.norm.bias == (None if bias is None else WeightRef(name=bias))
+    rows = torch.arange(16).reshape(2, 8)
+    norm = state_norm(found, rows.expand(2, LENGTH, 2, 8), rows)
+    assert (norm.kind, norm.offset, found.size, norm.per_head, norm.across_heads) == (kind, offset, 8, False, False)
+    assert norm.eps == pytest.approx(1e-4) and norm.weight == WeightRef(name="g")
+    assert norm.bias == (None if bias is None else WeightRef(name=bias))
 
 
 def test_norm_near_misses() -> None:
