@@ -21,15 +21,9 @@ def capture(model: nn.Module, inputs: Inputs, *, length: int, limit: int = 2**31
 
     `limit` is the longest input that the model takes.
 
-    Raises CaptureError when the model is on the meta device, or when `torch.export` cannot follow it: the message
-    says where, and how to capture a submodule instead.
+    Raises CaptureError when `torch.export` cannot follow the model: the message says where, and how to capture a
+    submodule instead.
     """
-    on_meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
-    if on_meta is not None:
-        raise CaptureError(
-            f"parameter {on_meta!r} is on the meta device: it has no values to prove a site with; "
-            "load the model's weights first"
-        )
     args, kwargs = inputs
     try:
         with undisturbed(model, use_cache=False):

@@ -21,6 +21,13 @@ class RecogniserError(FlaSwapError, ValueError):
     """A recogniser that a user or an installed package brought is not one, or failed. Says whose it is."""
 
 
+class NoValue(FlaSwapError):
+    """A fact depends on the values of a weight that has none (on the meta device); `inspect` makes it a near miss."""
+
+    def __init__(self, name: str):
+        super().__init__(f"it depends on the values of {name!r}, which is on the meta device: load the weights first")
+
+
 class NoAttentionFound(FlaSwapError):
     """`inspect(strict=True)` found no attention site. The report, with the near misses, is in `.report`."""
 

@@ -15,12 +15,14 @@ from fla_swap.capture import capture
 from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_entry, record_cache, record_calls
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
 from fla_swap.matching import MATCHED, MatchResult, mask_lengths, match
+from fla_swap.meta import without_weights
 from fla_swap.model_inputs import Example, Inputs, default_inputs, inputs_of_length, padding_masks, resizable
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.graph import CapturedGraph
+from fla_swap.structure import ProveOnce
 from fla_swap.types import AttentionReport, AttentionSite, NearMiss
-from fla_swap.verification import TOLERANCE, Call, check_config, prove, weights_of
+from fla_swap.verification import TOLERANCE, Call, Proof, check_config, prove, weights_of
 
 SHORT = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 LONGEST = 8192
@@ -39,7 +41,7 @@ def inspect(
     """Find every attention layer of `model` that can be rebuilt from its facts, and prove each.
 
     Args:
-        model: any nn.Module with weights; it is exported and called, and left as it was.
+        model: any nn.Module, with weights or on the meta device; it is exported and called, and left as it was.
         example_inputs: for a model whose forward does not take `input_ids`: one call's arguments (a mapping, a sequence
             or a tensor), tensors [B, T, …]. They are repeated or cut to other lengths.
         patterns: recognisers of your own, tried before the built-in ones. None: those of installed packages (entry
@@ -51,9 +53,10 @@ def inspect(
         VerificationError: the sites disagree with the model's own config.
     """
     start = time.perf_counter()
-    session = _Inspection(model, example_inputs, patterns)
-    matched = session.match()
-    sites, misses, notes = session.finish(matched, verify)
+    with without_weights(model) as on_meta:
+        session = _Inspection(model, example_inputs, patterns, on_meta)
+        matched = session.match()
+        sites, misses, notes = session.finish(matched, verify)
     report = AttentionReport(
         model=type(model).__name__,
         sites=tuple(sites),
@@ -84,12 +87,13 @@ def _nothing_found(report: AttentionReport) -> str:
 
 
 class _Inspection:
-    def __init__(self, model: nn.Module, example: Example | None, patterns: Iterable[Recogniser] | None):
-        self.model, self.example = model, example
+    def __init__(self, model: nn.Module, example: Example | None, patterns: Iterable[Recogniser] | None, on_meta: bool):
+        self.model, self.example, self.on_meta = model, example, on_meta
         self.catalogue = catalogue(patterns)
         self.longest = 0
         self.resize: list[int] | None = None
         self.notes: list[str] = []
+        self.proofs: ProveOnce | None = None
 
     def match(self) -> MatchResult:
         taken = self._sizes()
@@ -103,6 +107,7 @@ class _Inspection:
         while wanted in taken and wanted < limit:
             wanted += 1
         self.longest = min(wanted, limit)
+        self.proofs = ProveOnce(first) if self.on_meta else None
         if _sizes_of(self._inputs(self.longest)) == _sizes_of(self._inputs(short)):
             self.notes.append("the model was captured at one size only: its inputs have no other, or it takes no other")
             return match((first,), self.catalogue)
@@ -139,7 +144,14 @@ class _Inspection:
                 misses.append(found)
             else:
                 sites.append(dataclasses.replace(found, layer=len(sites)))
+        if self.proofs is not None and verify:
+            notes.append(self.proofs.note())
         return sites, misses, notes
+
+    def _prove(self, site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
+        if self.proofs is None:
+            return prove(site, owner, call)
+        return self.proofs(site, lambda: prove(site, owner, call))
 
     def _finish_one(
         self,
@@ -166,7 +178,7 @@ class _Inspection:
         owner = self.model.get_submodule(site.fqn)
         call = Call(args=record.args, kwargs=record.kwargs, valid=valid, positions=positions, memory_valid=memory_valid)
         try:
-            proof = prove(site, owner, call)
+            proof = self._prove(site, owner, call)
         except VerificationError as error:
             return _miss(site, "proof", str(error), CALLED)
         if proof.eager_error is not None and proof.eager_error > TOLERANCE:

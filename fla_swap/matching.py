@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fla_swap.errors import CaptureError
+from fla_swap.errors import CaptureError, NoValue
 from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.graph import CapturedGraph, modules_of, op_name, shape, source_of
@@ -74,6 +74,8 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
             fixed += [sites[-1].fqn] if attempt.one_length else []
         except _Stop as stop:
             misses.append(attempt.near_miss(attempt.explained(stop)))
+        except NoValue as unknown:
+            misses.append(attempt.near_miss(_Stop("values", str(unknown), nodes[0])))
     misses.sort(key=lambda m: -m.progress)
     return MatchResult(sites=tuple(sites), near_misses=tuple(misses), unclaimed=tuple(unclaimed), fixed=tuple(fixed))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -106,18 +107,27 @@ def _table_choices(site: AttentionSite, args: tuple, kwargs: dict) -> list[tuple
 
 
 def randomised(owner: nn.Module) -> nn.Module:
-    """A copy in fp32 and eval mode with every parameter random: matrices scaled by their width, vectors moved by .3."""
-    twin = copy.deepcopy(owner).float().eval()
+    """A copy in fp32 and eval mode with every parameter random: matrices scaled by their width, vectors moved by .3.
+
+    Parameters without values (fake tensors) come out on the CPU, vectors around 1.
+    """
+    memo: dict[int, Any] = {id(p): _on_cpu(p) for p in owner.parameters() if isinstance(p, FakeTensor)}
+    twin = copy.deepcopy(owner, memo).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             if parameter.dim() >= 2:
-                parameter.copy_(noise * 2.0 / math.sqrt(max(parameter.shape)))
+                parameter.copy_(noise.mul_(2.0 / math.sqrt(max(parameter.shape))))
             else:
                 base = parameter if bool(parameter.isfinite().all()) else torch.zeros_like(parameter)
                 parameter.copy_(base.clamp(-2, 2) + 0.3 * noise)
     return twin
+
+
+def _on_cpu(parameter: nn.Parameter) -> nn.Parameter:
+    values = torch.ones(parameter.shape, dtype=torch.float32)
+    return nn.Parameter(values, requires_grad=parameter.requires_grad)
 
 
 def _difference(found: Tensor, wanted: Tensor, valid: Tensor) -> float:
@@ -130,6 +140,8 @@ def _output(site: AttentionSite, returned: Any) -> Tensor:
 
 
 def _as_fp32(value: Any) -> Any:
+    if isinstance(value, FakeTensor) and value.is_floating_point():
+        return torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if type(value) in (tuple, list):

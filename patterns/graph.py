@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
+
+from fla_swap.errors import NoValue
 
 aten = torch.ops.aten
 
@@ -189,7 +192,10 @@ class CapturedGraph:
         dims = shape(value)
         if dims is None or any(d != 1 for d in dims):
             return None
-        return float(self.evaluate(value).double().reshape(()))
+        try:
+            return float(self.evaluate(value).double().reshape(()))
+        except NoValue:
+            return None
 
     def evaluate(self, node: fx.Node) -> Any:
         """The value of a closed node, with half precision computed in fp32 instead."""
@@ -241,9 +247,9 @@ class CapturedGraph:
         if node.op == "placeholder":
             if node.name not in self.values:
                 raise ValueError(f"{node.name} carries data: it cannot be evaluated")
-            return _upcast(self.values[node.name])
+            return _upcast(self.values[node.name], self.weights.get(node.name, node.name))
         if node.op == "get_attr":
-            return _upcast(operator.attrgetter(str(node.target))(self.module))
+            return _upcast(operator.attrgetter(str(node.target))(self.module), str(node.target))
         if node.op != "call_function":
             raise ValueError(f"cannot evaluate {node.op} {node.target}")
 
@@ -371,8 +377,10 @@ def _stand_in(node: fx.Node) -> Any:
     return torch.zeros(val.shape, dtype=val.dtype) if isinstance(val, Tensor) else val
 
 
-def _upcast(value: Any) -> Any:
+def _upcast(value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
+        if value.is_meta or isinstance(value, FakeTensor):
+            raise NoValue(name)
         value = value.detach().cpu()
         return value.float() if value.dtype in _HALF else value.clone()
     return value

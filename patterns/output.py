@@ -132,9 +132,21 @@ def find_owner(nodes: list[fx.Node]) -> str | None:
     return common[-1] if common else None
 
 
+def inside_of(owner: str, graph: CapturedGraph) -> list[fx.Node]:
+    """The calls made while the module `owner` was being called, in order."""
+    if "inside" not in graph.known:
+        found: dict[str, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.op == "call_function":
+                for name in dict.fromkeys(modules_of(node)):
+                    found.setdefault(name, []).append(node)
+        graph.known["inside"] = found
+    return graph.known["inside"].get(owner, [])
+
+
 def find_boundary(owner: str, inputs: Sequence[Linear], o: Linear, graph: CapturedGraph) -> Boundary | Refused:
     """What enters and leaves the owner; refused when that is more than one attention. `inputs`: q, k, v."""
-    inside = [n for n in graph.nodes if n.op == "call_function" and owner in modules_of(n) and graph.is_open(n)]
+    inside = [n for n in inside_of(owner, graph) if graph.is_open(n)]
     members = set(inside)
     entries = [_entry(linear, members, graph) for linear in inputs]
     for entry in entries:

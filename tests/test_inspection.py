@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from models import SMALL, tiny
+from models import tiny
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -165,11 +164,7 @@ def test_a_model_without_attention_says_so() -> None:
         inspect(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(2, 5, 8))
 
 
-def test_meta_weights_and_unknown_forwards_are_errors() -> None:
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
-    with pytest.raises(CaptureError, match="meta device"):
-        inspect(model)
+def test_a_forward_without_token_ids_needs_example_inputs() -> None:
     with pytest.raises(CaptureError, match="pass example_inputs"):
         inspect(nn.Linear(4, 4))
 

@@ -17,6 +17,8 @@ STAGES = (
     "capture",
     "contract",
     "matching",
+    "meta",
+    "structure",
     "verification",
     "planning",
     "swapping",
