@@ -66,3 +66,7 @@ class TrainingError(FlaSwapError):
 
 class KernelError(FlaSwapError, ValueError):
     """An operator got arguments of the wrong shape, dtype or device, or an implementation that cannot run here."""
+
+
+class RewriteError(FlaSwapError):
+    """A rewritten graph does not compute what the graph computed, or a plan's layer is not in the graph."""

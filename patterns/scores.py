@@ -69,7 +69,8 @@ class Softcap:
         x = graph.peel(inner.all_input_nodes[0], CAST)[-1]
         divided = split_factor(x, graph)
         factor, x_in = divided if divided is not None else (1.0, x)
-        return Found(facts={"softcap": cap, "scale": factor * cap}, nodes=(node, inner), next=x_in)
+        nodes = (node, inner) if divided is None else (node, inner, x)
+        return Found(facts={"softcap": cap, "scale": factor * cap}, nodes=nodes, next=x_in)
 
 
 @dataclass(frozen=True, kw_only=True)
