@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fla_swap.patterns.plugins import installed_recognisers
     from fla_swap.planning import Rule, load_plan, plan, save_plan
     from fla_swap.reporting import report_html, report_table
+    from fla_swap.rewriting import last_rewrites, rewrite
     from fla_swap.swapping import original_attention, restore_, swap_
     from fla_swap.types import AttentionReport, AttentionSite, NearMiss, SwapPlan
 
@@ -51,6 +52,7 @@ __all__ = [
     "held_out_loss",
     "inspect",
     "installed_recognisers",
+    "last_rewrites",
     "load",
     "load_plan",
     "mixers",
@@ -61,6 +63,7 @@ __all__ = [
     "report_html",
     "report_table",
     "restore_",
+    "rewrite",
     "save",
     "save_plan",
     "swap_",
@@ -85,6 +88,7 @@ _SOURCES = {
     "patterns.plugins": ("installed_recognisers",),
     "planning": ("Rule", "load_plan", "plan", "save_plan"),
     "reporting": ("report_html", "report_table"),
+    "rewriting": ("last_rewrites", "rewrite"),
     "swapping": ("original_attention", "restore_", "swap_"),
     "types": ("AttentionReport", "AttentionSite", "NearMiss", "SwapPlan"),
 }

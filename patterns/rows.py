@@ -90,7 +90,8 @@ class RowEvaluator:
             added = added - len(dims) if added >= 0 else added
             return self.narrowed(source, dim + 1 if dim < added else dim, start, stop).unsqueeze(added)
         if target in _TRANSPOSE:
-            one, other = (d - len(dims) if d >= 0 else d for d in (node.args[1], node.args[2]))  # type: ignore[operator]
+            given: list[Any] = list(node.args[1:3])
+            one, other = (d - len(dims) if d >= 0 else d for d in given)
             moved = {one: other, other: one}.get(dim, dim)
             return self.narrowed(source, moved, start, stop).transpose(one, other)
         if target in _SLICE:

@@ -38,6 +38,13 @@ class CoreRefused(Exception):
         self.node = node
 
 
+def sizes(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node that is a tensor."""
+    dims = shape(node)
+    assert dims is not None, node
+    return dims
+
+
 @dataclass(frozen=True, kw_only=True)
 class Core:
     """A core that was understood. `k` is [L, K, T] when `k_transposed`. `region`: its nodes, the output last."""
@@ -58,11 +65,11 @@ class Core:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        return (shape(self.q) or ())[:-2]
+        return sizes(self.q)[:-2]
 
     @property
     def length(self) -> int:
-        return (shape(self.q) or (0, 0))[-2]
+        return sizes(self.q)[-2]
 
     def visible(self, evaluator: RowEvaluator) -> Visible:
         """The kind of its mask; CoreRefused when it has none that is known."""
@@ -188,6 +195,22 @@ def _term(term: Any, region: Sequence[fx.Node], anchor: fx.Node, lead: tuple[int
     return Term(kind=term.kind, node=term.node, lead=lead, factor=term.factor)
 
 
+def closed_inputs(core: Core, graph: CapturedGraph) -> set[fx.Node]:
+    """The placeholders behind everything in the region but q, k and v: masks, slopes, scales."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = {core.q, core.k, core.v}
+    stack = list(core.region)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            found.add(node)
+        stack.extend(node.all_input_nodes)
+    return found
+
+
 def prove(core: Core, graph: CapturedGraph, replacement: Any) -> float:
     """Largest relative difference between the region and `replacement(q, k, v, sinks)` on random values, in fp32.
 
@@ -195,13 +218,11 @@ def prove(core: Core, graph: CapturedGraph, replacement: Any) -> float:
     """
     generator = torch.Generator().manual_seed(0)
 
-    def random(node: fx.Node | None) -> Tensor | None:
-        return None if node is None else torch.randn(shape(node) or (), generator=generator)
-
-    values = {n: random(n) for n in (core.q, core.k, core.v, core.sinks) if n is not None}
+    given = (core.q, core.k, core.v, core.sinks)
+    values = {n: torch.randn(sizes(n), generator=generator) for n in given if n is not None}
     with torch.no_grad():
         wanted = graph.run(core.out, values)
-        found = replacement(values[core.q], values[core.k], values[core.v], values.get(core.sinks))
+        found = replacement(*(None if n is None else values[n] for n in given))
     if found.shape != wanted.shape:
         return float("inf")
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))

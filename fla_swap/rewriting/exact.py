@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.graph import DROPOUT, LAYOUT, alias_root, argument, modules_of, shape, source_of
 from fla_swap.patterns.rows import RowEvaluator
-from fla_swap.rewriting.cores import SDPA_OPS, Core, CoreRefused, candidates, prove, read_core
+from fla_swap.rewriting.cores import SDPA_OPS, Core, CoreRefused, candidates, closed_inputs, prove, read_core
 from fla_swap.rewriting.masks import constants, expected_rows
 from fla_swap.rewriting.records import RewriteRecord, SkippedCore
 from fla_swap.rewriting.replacement import SDPA, Insert, Replacement, choose, eagerly, unrepeated, write
@@ -33,11 +33,21 @@ class _Match:
     spec: Replacement
 
 
-def rewrite_graph(traced: Traced) -> tuple[tuple[RewriteRecord, ...], tuple[SkippedCore, ...]]:
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """`read`: the placeholders of `Traced.values` whose values the rewrites rely on."""
+
+    records: tuple[RewriteRecord, ...]
+    skipped: tuple[SkippedCore, ...]
+    read: tuple[str, ...]
+
+
+def rewrite_graph(traced: Traced) -> Outcome:
     """Replace every core of `traced.module` that is proved. The module is changed in place."""
     search = _Search(traced)
     records: list[RewriteRecord] = []
     skipped: list[SkippedCore] = []
+    read: dict[str, None] = {}
     for anchor in search.anchors:
         original = search.twin.original[anchor]
         try:
@@ -45,10 +55,11 @@ def rewrite_graph(traced: Traced) -> tuple[tuple[RewriteRecord, ...], tuple[Skip
         except CoreRefused as refused:
             skipped.append(_skipped(original, str(refused), source_of(refused.node)))
             continue
+        read |= dict.fromkeys(n.name for n in closed_inputs(match.core, search.twin.graph) if n.name in traced.values)
         records.append(_replace(traced.module.graph, match, search.twin, original))
     traced.module.graph.lint()
     traced.module.recompile()
-    return tuple(records), tuple(skipped)
+    return Outcome(records=tuple(records), skipped=tuple(skipped), read=tuple(read))
 
 
 def _skipped(anchor: fx.Node, reason: str, source: str = "") -> SkippedCore:
@@ -59,7 +70,7 @@ def _skipped(anchor: fx.Node, reason: str, source: str = "") -> SkippedCore:
 
 
 class _Search:
-    """The cores of a graph, read at plain sizes: at its own, or at a short and a long length where sizes are symbols."""
+    """The cores of a graph, read at its own sizes, or at a short and a long length where sizes are symbols."""
 
     def __init__(self, traced: Traced):
         self.traced, self.patterns = traced, catalogue()

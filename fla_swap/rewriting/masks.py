@@ -84,7 +84,7 @@ def constants(terms: Sequence[Term], graph: CapturedGraph, above: int) -> set[in
             value = node.meta.get("val")
         if isinstance(value, Tensor) and value.numel() == 1 and type(value) is Tensor:
             found.add(float(value))
-        found.update(float(a) for a in (*node.args, *node.kwargs.values()) if type(a) in (int, float))
+        found.update(float(a) for a in (*node.args, *node.kwargs.values()) if isinstance(a, int | float))
         stack.extend(node.all_input_nodes)
     return {int(abs(n)) for n in found if math.isfinite(n) and n == int(n) and above < abs(n) < 2**31}
 

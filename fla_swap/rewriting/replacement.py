@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 import fla_swap.kernels.window.ops  # noqa: F401  registers the operator
 from fla_swap.patterns.graph import _ops, argument, shape
-from fla_swap.rewriting.cores import Core, CoreRefused
+from fla_swap.rewriting.cores import Core, CoreRefused, sizes
 from fla_swap.rewriting.masks import Visible
 
 aten = torch.ops.aten
@@ -86,7 +86,7 @@ class Replacement:
 
 def choose(core: Core, visible: Visible) -> Replacement:
     """The operator for a core whose mask was classified; CoreRefused where none computes it."""
-    q, k, v = (shape(n) or () for n in (core.q, core.k, core.v))
+    q, k, v = (list(sizes(n)) for n in (core.q, core.k, core.v))
     mask, slopes, heads = visible.mask, visible.slopes, None
     if len(q) > 5 or len(k) != len(q) or len(v) != len(q) or k[0] != q[0] or v[0] != q[0]:
         raise CoreRefused(f"q, k and v have shapes {q}, {k} and {v}", core.anchor)
@@ -99,7 +99,7 @@ def choose(core: Core, visible: Visible) -> Replacement:
             raise CoreRefused("the bias on the scores differs between rows of the batch", core.anchor)
         slopes = rows[0]
     if core.sinks is not None and len(q) == 3:
-        heads = (shape(core.sinks) or (0,))[0]
+        heads = sizes(core.sinks)[0]
     plain = core.softcap is None and slopes is None and core.sinks is None
     fused = plain and mask.kind in ("causal", "bidirectional")
     if mask.kind == "bidirectional" and not plain:
@@ -121,7 +121,7 @@ def choose(core: Core, visible: Visible) -> Replacement:
     )
 
 
-def _groups(q: tuple[int, ...], k: tuple[int, ...]) -> int:
+def _groups(q: list[int], k: list[int]) -> int:
     """Query heads for each key/value head, as the operands stand in the graph."""
     if len(q) == 3:
         return 1

@@ -1,4 +1,4 @@
-"""A traced graph with plain numbers for sizes: recognisers compare sizes and evaluate masks, so symbols stand in the way.
+"""A traced graph with plain numbers for sizes, because recognisers compare sizes and evaluate masks.
 
 A graph with symbolic sizes is copied, and the copy's values are computed anew for chosen sizes, on fake tensors.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fla_swap.patterns.graph import CapturedGraph
@@ -138,7 +138,7 @@ def _value(
         for part in str(node.target).split("."):
             value = getattr(value, part)
         return value
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: known[n])
     assert callable(node.target)
     return node.target(*args, **kwargs)
 
