@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fla_swap.capture import capture
 from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_entry, record_cache, record_calls
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
+from fla_swap.exportable import StandIns, exportable
 from fla_swap.matching import MATCHED, MatchResult, mask_lengths, match
-from fla_swap.meta import without_weights
 from fla_swap.model_inputs import Example, Inputs, default_inputs, inputs_of_length, padding_masks, resizable
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
@@ -41,7 +41,8 @@ def inspect(
     """Find every attention layer of `model` that can be rebuilt from its facts, and prove each.
 
     Args:
-        model: any nn.Module, with weights or on the meta device; it is exported and called, and left as it was.
+        model: any nn.Module, with weights, quantised ones too, or on the meta device; it is exported and called, and left
+            as it was. Where it runs an attention kernel (flash or flex attention), its eager code is inspected.
         example_inputs: for a model whose forward does not take `input_ids`: one call's arguments (a mapping, a sequence
             or a tensor), tensors [B, T, …]. They are repeated or cut to other lengths.
         patterns: recognisers of your own, tried before the built-in ones. None: those of installed packages (entry
@@ -53,8 +54,8 @@ def inspect(
         VerificationError: the sites disagree with the model's own config.
     """
     start = time.perf_counter()
-    with without_weights(model) as on_meta:
-        session = _Inspection(model, example_inputs, patterns, on_meta)
+    with exportable(model) as stand_ins:
+        session = _Inspection(model, example_inputs, patterns, stand_ins)
         matched = session.match()
         sites, misses, notes = session.finish(matched, verify)
     report = AttentionReport(
@@ -87,12 +88,14 @@ def _nothing_found(report: AttentionReport) -> str:
 
 
 class _Inspection:
-    def __init__(self, model: nn.Module, example: Example | None, patterns: Iterable[Recogniser] | None, on_meta: bool):
-        self.model, self.example, self.on_meta = model, example, on_meta
+    def __init__(
+        self, model: nn.Module, example: Example | None, patterns: Iterable[Recogniser] | None, stand_ins: StandIns
+    ):
+        self.model, self.example, self.stand_ins = model, example, stand_ins
         self.catalogue = catalogue(patterns)
         self.longest = 0
         self.resize: list[int] | None = None
-        self.notes: list[str] = []
+        self.notes: list[str] = list(stand_ins.notes)
         self.proofs: ProveOnce | None = None
 
     def match(self) -> MatchResult:
@@ -107,7 +110,7 @@ class _Inspection:
         while wanted in taken and wanted < limit:
             wanted += 1
         self.longest = min(wanted, limit)
-        self.proofs = ProveOnce(first) if self.on_meta else None
+        self.proofs = ProveOnce(first) if self.stand_ins.weights else None
         if _sizes_of(self._inputs(self.longest)) == _sizes_of(self._inputs(short)):
             self.notes.append("the model was captured at one size only: its inputs have no other, or it takes no other")
             return match((first,), self.catalogue)

@@ -87,7 +87,7 @@ class ProveOnce:
 
     def note(self) -> str:
         """What was proved for whom, as a sentence."""
-        return "the weights are on the meta device: proved on random weights, once for each structure: " + ", ".join(
+        return "the proofs ran on random weights, one for each structure: " + ", ".join(
             first if count == 1 else f"{first} and {count - 1} more layer{'s' * (count > 2)} of its structure"
             for first, count in self.groups.items()
         )

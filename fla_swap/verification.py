@@ -109,9 +109,9 @@ def _table_choices(site: AttentionSite, args: tuple, kwargs: dict) -> list[tuple
 def randomised(owner: nn.Module) -> nn.Module:
     """A copy in fp32 and eval mode with every parameter random: matrices scaled by their width, vectors moved by .3.
 
-    Parameters without values (fake tensors) come out on the CPU, vectors around 1.
+    Parameters without values (fake tensors) come out as real ones, vectors around 1.
     """
-    memo: dict[int, Any] = {id(p): _on_cpu(p) for p in owner.parameters() if isinstance(p, FakeTensor)}
+    memo: dict[int, Any] = {id(p): _real(p) for p in owner.parameters() if isinstance(p, FakeTensor)}
     twin = copy.deepcopy(owner, memo).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -125,8 +125,8 @@ def randomised(owner: nn.Module) -> nn.Module:
     return twin
 
 
-def _on_cpu(parameter: nn.Parameter) -> nn.Parameter:
-    values = torch.ones(parameter.shape, dtype=torch.float32)
+def _real(parameter: nn.Parameter) -> nn.Parameter:
+    values = torch.ones(parameter.shape, dtype=torch.float32, device=parameter.device)
     return nn.Parameter(values, requires_grad=parameter.requires_grad)
 
 

@@ -17,7 +17,7 @@ STAGES = (
     "capture",
     "contract",
     "matching",
-    "meta",
+    "exportable",
     "structure",
     "verification",
     "planning",

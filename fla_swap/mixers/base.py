@@ -194,12 +194,22 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a tensor is stored in fewer bits than it stands for (torchao's tensor classes): it has a `dequantize`."""
+    return isinstance(tensor, Tensor) and type(tensor).dequantize is not Tensor.dequantize
+
+
 def read_ref(weights: Mapping[str, Tensor], ref: WeightRef) -> Tensor:
-    """The tensor that a reference means: transposed to [out, in], its rows selected. Shares memory where it can."""
+    """The tensor that a reference means: transposed to [out, in], its rows selected. Shares memory where it can.
+
+    A quantised tensor is read as the values that it stands for, in the dtype that it shows.
+    """
     if ref.more:
         first = dataclasses.replace(ref, more=())
         return torch.cat([read_ref(weights, part) for part in (first, *ref.more)])
     tensor = weights[ref.name]
+    if is_quantised(tensor):
+        tensor = tensor.dequantize()
     if ref.transposed:
         tensor = tensor.t()
     if ref.rows is None:

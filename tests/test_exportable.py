@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fla_swap.bench import scale
 from fla_swap.capture import capture
 from fla_swap.errors import CaptureError, NoAttentionFound
+from fla_swap.exportable import exportable
 from fla_swap.inspection import inspect
-from fla_swap.meta import without_weights
 from fla_swap.structure import structure
 from fla_swap.types import AttentionReport, AttentionSite
 
@@ -131,7 +131,7 @@ def test_the_structure_is_everything_but_names() -> None:
     with torch.device("meta"):
         model = nn.Sequential(Attention(), Attention(), Twisted())
     names = [n for n, _ in model.named_children()]
-    with without_weights(model):
+    with exportable(model):
         graph = capture(model, ((EXAMPLE,), {}), length=7)
         site = inspect(nn.Sequential(Attention()), EXAMPLE).sites[0]
         sites = [dataclasses.replace(site, **_renamed(site, name)) for name in names]
