@@ -41,8 +41,8 @@ def inspect(
     """Find every attention layer of `model` that can be rebuilt from its facts, and prove each.
 
     Args:
-        model: any nn.Module, with weights, quantised ones too, or on the meta device; it is exported and called, and left
-            as it was. Where it runs an attention kernel (flash or flex attention), its eager code is inspected.
+        model: any nn.Module, with weights (quantised too) or on the meta device; it is exported and called, and left as
+            it was. Where it runs an attention kernel (flash or flex attention), its eager code is inspected.
         example_inputs: for a model whose forward does not take `input_ids`: one call's arguments (a mapping, a sequence
             or a tensor), tensors [B, T, …]. They are repeated or cut to other lengths.
         patterns: recognisers of your own, tried before the built-in ones. None: those of installed packages (entry
