@@ -114,13 +114,17 @@ def record_cache(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kw
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Where the hidden states and the memory of a cross-attention stand in a call, and how many tokens they are."""
+    """Where the hidden states and the memory of a cross-attention stand in a call, and how many tokens they are.
+
+    `residual`: what the owner adds to its output, where the site says that it adds something.
+    """
 
     hidden: ArgPath
     batch: int
     length: int
     memory: ArgPath | None = None
     keys: int | None = None
+    residual: ArgPath | None = None
 
 
 def find_entry(site: AttentionSite, record: CallRecord) -> Entry | str:
@@ -144,11 +148,21 @@ def find_entry(site: AttentionSite, record: CallRecord) -> Entry | str:
         (path, value), (memory, other) = pairs[0]
         length, keys = value.shape[1 - first], other.shape[1 - first]
         return Entry(hidden=path, batch=value.shape[first], length=length, memory=memory, keys=keys)
+    if not hidden:
+        return f"no argument has the shape of the hidden state: {site.hidden_size} wide, as long as the output"
+    if site.call.residual is not None and site.call.residual.position == 1:
+        passed = [p for p, v in leaves(record.args, record.kwargs) if _is_stream(v) and v.shape == hidden[0][1].shape]
+        if len(passed) != 2:
+            return f"{len(passed)} arguments could be the hidden state and the residual, expected 2"
+        value = hidden[0][1]
+        length = value.shape[1 - first]
+        return Entry(hidden=passed[0], batch=value.shape[first], length=length, residual=passed[1])
     if len(hidden) != 1:
         size = f"{site.hidden_size} wide, as long as the output"
         return f"{len(hidden)} arguments have the shape of the hidden state: {size}"
     ((path, value),) = hidden
-    return Entry(hidden=path, batch=value.shape[first], length=value.shape[1 - first])
+    residual = None if site.call.residual is None else path
+    return Entry(hidden=path, batch=value.shape[first], length=value.shape[1 - first], residual=residual)
 
 
 def _is_stream(value: Any) -> bool:
@@ -193,10 +207,16 @@ def derive_contract(
         return places
     outputs, index = places
     contract = dataclasses.replace(
-        site.call, hidden=entry.hidden, memory=entry.memory, outputs=outputs, output_index=index
+        site.call,
+        hidden=entry.hidden,
+        memory=entry.memory,
+        residual=entry.residual,
+        outputs=outputs,
+        output_index=index,
     )
     keys = valid if memory_valid is None else memory_valid
-    read = {id(get_argument(p, record.args, record.kwargs)) for p in (entry.hidden, entry.memory) if p is not None}
+    streams = (entry.hidden, entry.memory, entry.residual)
+    read = {id(get_argument(p, record.args, record.kwargs)) for p in streams if p is not None}
     facts: dict[str, Any] = {}
     for path, value in leaves(record.args, record.kwargs):
         if not isinstance(value, Tensor) or id(value) in read:
@@ -216,6 +236,14 @@ def derive_contract(
     if cache is not None:
         contract = dataclasses.replace(contract, cache=cache.path, cache_index=cache.index)
     return contract
+
+
+def readings(contract: CallContract) -> tuple[CallContract, ...]:
+    """The contract, and again with hidden state and residual exchanged: only the proof tells which is which."""
+    if contract.residual in (None, contract.hidden):
+        return (contract,)
+    assert contract.residual is not None
+    return contract, dataclasses.replace(contract, hidden=contract.residual, residual=contract.hidden)
 
 
 def _outputs(output: Any, size: tuple[int, ...]) -> tuple[int | None, int] | str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fla_swap.capture import capture
-from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_entry, record_cache, record_calls
+from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_entry, readings, record_cache, record_calls
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
 from fla_swap.exportable import StandIns, exportable
 from fla_swap.matching import MATCHED, MatchResult, mask_lengths, match
@@ -175,15 +175,19 @@ class _Inspection:
         contract = derive_contract(site, record, valid, positions, cache, memory_valid=memory_valid)
         if isinstance(contract, str):
             return _miss(site, "call", contract, MATCHED)
-        site = dataclasses.replace(site, call=contract)
-        if not verify:
-            return site
+        choices = [dataclasses.replace(site, call=c) for c in readings(contract)]
+        if not verify and len(choices) == 1:
+            return choices[0]
         owner = self.model.get_submodule(site.fqn)
         call = Call(args=record.args, kwargs=record.kwargs, valid=valid, positions=positions, memory_valid=memory_valid)
-        try:
-            proof = self._prove(site, owner, call)
-        except VerificationError as error:
-            return _miss(site, "proof", str(error), CALLED)
+        for site in choices:
+            try:
+                proof = self._prove(site, owner, call)
+                break
+            except VerificationError as error:
+                failure = str(error)
+        else:
+            return _miss(site, "proof", failure, CALLED)
         if proof.eager_error is not None and proof.eager_error > TOLERANCE:
             notes.append(
                 f"{site.fqn}: the model runs {_implementation(self.model)!r}, whose output differs from its eager code "

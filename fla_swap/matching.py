@@ -21,10 +21,19 @@ from fla_swap.patterns.heads import Heads, HeadsRefused, group, trace_heads
 from fla_swap.patterns.latent import describe_latent
 from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify, evaluate_mask, length_hints
 from fla_swap.patterns.norm import NormRefused, state_norm
-from fla_swap.patterns.output import Boundary, check_order, find_boundary, find_output, find_owner
+from fla_swap.patterns.output import (
+    Boundary,
+    Output,
+    OutwardsRefused,
+    Places,
+    check_order,
+    find_outwards,
+    head_places,
+    output_facts,
+)
 from fla_swap.patterns.path import Path, walk_path
 from fla_swap.patterns.projection import Linear
-from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, NearMiss, Norm, Projection
+from fla_swap.types import AttentionSite, Mask, NearMiss, Norm, Projection
 
 MATCHED = ("core", "q", "k", "v", "output", "owner", "heads", "mask")
 """The slots that hold when a core becomes a site, in the order in which they are tried."""
@@ -153,12 +162,12 @@ class _Attempt:
         q, k, v = (self._path(side, core, self.graph) for side in "qkv")
         self._check_paths(q, k, v)
         assert q.linear and k.linear and v.linear
-        o = self._output(core["out"])
-        boundary = self._owner(core["out"], (q.linear, k.linear, v.linear), o)
+        o, boundary = self._outwards(core["out"], (q.linear, k.linear, v.linear))
         hidden, memory = self._sizes(core, boundary)
         heads, rows = self._heads(core, q, k, v, boundary)
-        self._order(o, core["out"], boundary, heads["q"])
         count = len(rows["q"])
+        places = head_places(core["out"], heads["q"].batch_of, count, self.view)
+        after = self._after(o, places, boundary, count)
         mask, alibi = self._mask(count)
         self._same_at_every_length(q, k)
         if memory is not None:
@@ -169,7 +178,7 @@ class _Attempt:
             q=q.linear.projection(rows["q"].flatten()),
             k=k.linear.projection(rows["k"].flatten()),
             v=v.linear.projection(rows["v"].flatten()),
-            o=_whole(o),
+            o=None if o.linear is None else _whole(o.linear),
             hidden_size=hidden,
             heads=count,
             kv_heads=len(rows["k"]),
@@ -177,7 +186,7 @@ class _Attempt:
             v_head_dim=rows["v"].shape[1],
             scale=core["scale"] * q.scale * k.scale,
             mask=mask,
-            call=CallContract(hidden=ArgPath(position=0), time_first=self.view.time_first),
+            call=boundary.marks(time_first=self.view.time_first),
             rope=q.rope,
             q_norm=self._norm("q", q, heads["q"], rows["q"]),
             k_norm=self._norm("k", k, heads["k"], rows["k"]),
@@ -189,6 +198,7 @@ class _Attempt:
             sinks=core.get("sinks"),
             alibi=alibi,
             dropout=core["dropout"],
+            **after,
             anchor=self.node.name,
             kind="self" if memory is None else "cross",
             memory_size=memory,
@@ -228,28 +238,16 @@ class _Attempt:
         if both and q.norm_after_rope != k.norm_after_rope:
             raise _Stop("norm", "one of q and k is normed before, the other after the rotation", q.linear.out)
 
-    def _output(self, out: fx.Node) -> Linear:
-        linear = find_output(out, self.graph)
-        if isinstance(linear, Refused):
-            raise _Stop("output", linear.reason, linear.node)
-        self.done.append("output")
-        return linear
-
-    def _owner(self, out: fx.Node, inputs: tuple[Linear, ...], o: Linear) -> Boundary:
-        owner = find_owner([out, self.node, o.out, *(linear.out for linear in inputs)])
-        if owner is None:
-            raise _Stop("owner", "the projections and the core belong to no common module", self.node)
-        cores = [
-            n for n, r in _core_nodes(self.graph, self.patterns) if isinstance(r, Found) and owner in modules_of(n)
-        ]
-        if len(cores) > 1:
-            reason = f"{owner!r} runs {len(cores)} attentions in one forward pass (it is shared, or does several)"
-            raise _Stop("owner", reason, self.node)
-        boundary = find_boundary(owner, inputs, o, self.graph)
-        if isinstance(boundary, Refused):
-            raise _Stop("owner", boundary.reason, boundary.node)
-        self.done.append("owner")
-        return boundary
+    def _outwards(self, out: fx.Node, inputs: tuple[Linear, ...]) -> tuple[Output, Boundary]:
+        """What stands after the core, and the owner around it all."""
+        cores = [n for n, r in _core_nodes(self.graph, self.patterns) if isinstance(r, Found)]
+        try:
+            found = find_outwards([out], inputs, [self.node], cores, self.graph)
+        except OutwardsRefused as refused:
+            self.done += ["output"] if refused.slot == "owner" else []
+            raise _Stop(refused.slot, str(refused), refused.node) from refused
+        self.done += ["output", "owner"]
+        return found
 
     def _sizes(self, core: dict[str, Any], boundary: Boundary) -> tuple[int, int | None]:
         """Widths of the hidden states and of the memory; sets `view`, the graph with the site's own token counts."""
@@ -311,10 +309,14 @@ class _Attempt:
         self.done.append("heads")
         return heads, rows
 
-    def _order(self, o: Linear, out: fx.Node, boundary: Boundary, q: Heads) -> None:
-        reason = check_order(o, out, boundary.last, q.batch_of, len(q.rows), self.view)
+    def _after(self, o: Output, places: Places, boundary: Boundary, heads: int) -> dict[str, Any]:
+        reason = check_order(o, places, boundary.end, self.view)
         if reason is not None:
             raise _Stop("output", reason, o.out)
+        facts = output_facts(o, places, boundary.hidden, heads, self.view)
+        if isinstance(facts, Refused):
+            raise _Stop("output", facts.reason, facts.node)
+        return facts
 
     def _tables(self) -> list[MaskTable]:
         """What the mask is at each length."""

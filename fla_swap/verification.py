@@ -62,9 +62,17 @@ def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
     if site.call.memory is not None:
         memory, args, kwargs = _random_stream(site.call.memory, args, kwargs, seed=2)
         more |= {"memory": _batch_first(site, memory), "memory_valid": call.memory_valid}
+    residual = None
+    if site.call.residual is not None:
+        residual = hidden
+        if site.call.residual != site.call.hidden:
+            residual = hidden.flip(0)
+            args, kwargs = set_argument(site.call.residual, residual, args, kwargs)
     weights = {f"{site.fqn}.{n}" if site.fqn else n: t for n, t in twin.state_dict().items()}
     with torch.no_grad():
-        wanted = _output(site, twin(*args, **kwargs))
+        wanted = returned = _output(site, twin(*args, **kwargs))
+        if residual is not None:
+            wanted = wanted - residual
         try:
             mixer = Softmax.from_attention(site, weights).eval()
         except (FlaSwapError, KeyError, RuntimeError) as error:
@@ -80,7 +88,7 @@ def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
         )
     keys = call.valid if call.memory_valid is None else call.memory_valid
     dropout = _dropout(twin, args, kwargs, (call.valid.shape[1], keys.shape[1]))
-    return Proof(error=error, dropout=dropout, eager_error=_eager(site, twin, args, kwargs, wanted, call.valid))
+    return Proof(error=error, dropout=dropout, eager_error=_eager(site, twin, args, kwargs, returned, call.valid))
 
 
 def _random_stream(path: ArgPath, args: tuple, kwargs: dict, *, seed: int) -> tuple[Tensor, tuple, dict]:

@@ -38,20 +38,8 @@ LAYOUT = _ops(
     *("view", "reshape", "_unsafe_view", "transpose", "permute", "t", "numpy_T", "expand", "expand_as", "unsqueeze"),
     *("squeeze", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "contiguous", "clone", "alias"),
     *("cat", "concat", "stack", "repeat", "repeat_interleave", "flatten", "unflatten", "movedim", "narrow", "detach"),
-    *(
-        "index_select",
-        "index",
-        "flip",
-        "roll",
-        "view_as",
-        "swapaxes",
-        "swapdims",
-        "tile",
-        "tensor_split",
-        "mT",
-        "adjoint",
-        "broadcast_to",
-    ),
+    *("index_select", "index", "flip", "roll", "view_as", "swapaxes", "swapdims", "tile", "tensor_split", "mT"),
+    *("adjoint", "broadcast_to"),
 ) | frozenset({operator.getitem})
 CAST = _ops("to", "_to_copy", "type_as", "lift_fresh_copy", "lift_fresh", "detach_")
 REINTERPRET = _ops("view_as_complex", "view_as_real")
@@ -290,8 +278,7 @@ class CapturedGraph:
                 args, kwargs = (visit(node.all_input_nodes[0]), *rest), dict(node.kwargs)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), visit)
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
+            return _moved(node.target, args, kwargs)
 
         return visit(target)
 
@@ -365,6 +352,12 @@ def alias_root(node: fx.Node) -> fx.Node:
             break
         first = before
     return first if isinstance(first, fx.Node) else node
+
+
+def _moved(target: Any, args: Any, kwargs: Any) -> Any:
+    """A movement of numbered entries. They lie in memory otherwise than the model's values: a view may need a copy."""
+    target = aten.reshape.default if target is aten.view.default else target
+    return target(*args, **kwargs)
 
 
 def _is_mutable(node: fx.Node) -> bool:

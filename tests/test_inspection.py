@@ -176,7 +176,6 @@ class Attention(nn.Module):
         super().__init__()
         self.twist = twist
         self.q, self.k, self.v, self.o = (nn.Linear(16, 16, bias=False) for _ in range(4))
-        self.gate = nn.Linear(16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (2, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
@@ -195,10 +194,7 @@ class Attention(nn.Module):
             scores = scores + (steps[:, None] - steps[None, :]).sqrt().nan_to_num()
         probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         mixed = (probabilities @ v).transpose(1, 2).flatten(2)
-        if self.twist == "gate":
-            mixed = mixed * self.gate(x).sigmoid()
-        out = self.o(mixed)
-        return out + x if self.twist == "residual" else out
+        return self.o(mixed)
 
 
 class Block(nn.Module):
@@ -229,8 +225,6 @@ def test_a_module_of_ones_own_is_found_and_proved() -> None:
         ("every other", "mask", "neither causal"),
         ("values", "scores", "depends on the values"),
         ("bias", "mask", "not ALiBi"),
-        ("gate", "output", "mul.* between the core and the output projection"),
-        ("residual", "owner", "does more than attention"),
     ],
 )
 def test_what_is_not_understood_is_a_near_miss(twist: str, slot: str, reason: str) -> None:

@@ -1,0 +1,245 @@
+"""What stands after the core: gates, norms, residuals, modules without an output projection; and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fla_swap.inspection import inspect
+from fla_swap.types import ArgPath, AttentionReport, AttentionSite, Gate, Norm, Projection, WeightRef
+
+D, H, V = 16, 2, 8
+
+
+class Attention(nn.Module):
+    """Causal attention of two heads; `after(self, heads [B, T, H, V], x)` makes its output."""
+
+    def __init__(self, after: Callable[[Any, Tensor, Tensor], Any]):
+        super().__init__()
+        self.after = after
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D, bias=False) for _ in range(4))
+        self.gate, self.head_gate, self.wide = nn.Linear(D, D), nn.Linear(D, H), nn.Linear(D, 3 * D)
+        self.scale = nn.Parameter(torch.ones(D))
+
+    def heads(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (H, V)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    def forward(self, x: Tensor, *more: Tensor) -> Any:
+        return self.after(self, self.heads(x), x, *more)
+
+
+class Block(nn.Module):
+    def __init__(self, after: Callable[..., Any]):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(D), Attention(after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.attention(self.norm(x))
+        return x + (out[0] if isinstance(out, tuple) else out)
+
+
+def found(module: nn.Module) -> AttentionSite:
+    report = report_of(module)
+    assert not report.near_misses, report.near_misses[0].reason
+    (site,) = report.sites
+    assert site.proved
+    return site
+
+
+def report_of(module: nn.Module) -> AttentionReport:
+    torch.manual_seed(0)
+    return inspect(module, torch.randn(1, 7, D), strict=False)
+
+
+def gate_of(name: str, rows: tuple | None = None) -> Projection:
+    refs = (WeightRef(name=f"attention.{name}.{kind}", rows=rows) for kind in ("weight", "bias"))
+    return Projection(weight=next(refs), bias=next(refs))
+
+
+GATES: dict[str, tuple[Callable[..., Tensor], Gate]] = {
+    "channels, before the heads are joined": (
+        lambda m, h, x: m.o((h * m.gate(x).sigmoid().unflatten(-1, (H, V))).flatten(2)),
+        Gate(projection=gate_of("gate")),
+    ),
+    "channels, after it": (
+        lambda m, h, x: m.o(F.silu(m.gate(x)) * h.flatten(2)),
+        Gate(projection=gate_of("gate"), activation="silu"),
+    ),
+    "heads": (
+        lambda m, h, x: m.o((h * F.softplus(m.head_gate(x).float()).to(h.dtype)[..., None]).flatten(2)),
+        Gate(projection=gate_of("head_gate"), activation="softplus", per_head=True),
+    ),
+    "a part of a wider projection, head by head": (
+        lambda m, h, x: m.o(h.flatten(2) * m.wide(x).unflatten(-1, (H, 3 * V))[..., V : 2 * V].flatten(2).tanh()),
+        Gate(projection=gate_of("wide", ((V, 2 * V), (4 * V, 5 * V))), activation="tanh"),
+    ),
+    "the same for every head": (
+        lambda m, h, x: m.o((h * m.gate(x)[..., None, :V].sigmoid()).flatten(2)),
+        Gate(projection=gate_of("gate", ((0, V), (0, V)))),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_gates_on_the_heads_are_stated(case: str) -> None:
+    after, gate = GATES[case]
+    assert found(Block(after)).gate == gate
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+W = WeightRef(name="attention.scale")
+NORMS: dict[str, tuple[Callable[..., Tensor], Norm]] = {
+    "all heads together": (
+        lambda m, h, x: m.o(rms(h.flatten(2), m.scale)),
+        Norm(kind="rms", eps=1e-6, weight=W, across_heads=True),
+    ),
+    "each head": (
+        lambda m, h, x: m.o(rms(h, m.scale[:V]).flatten(2)),
+        Norm(kind="rms", eps=1e-6, weight=WeightRef(name="attention.scale", rows=((0, V),))),
+    ),
+    "each head with weights of its own": (
+        lambda m, h, x: m.o(rms(h, m.scale.view(H, V)).flatten(2)),
+        Norm(kind="rms", eps=1e-6, weight=W, per_head=True),
+    ),
+    "fused": (
+        lambda m, h, x: m.o(F.layer_norm(h.flatten(2), (D,), m.scale, None, 1e-5)),
+        Norm(kind="layer", eps=1e-5, weight=W, across_heads=True),
+    ),
+    "without weights": (lambda m, h, x: m.o(F.rms_norm(h, (V,), eps=1e-5).flatten(2)), Norm(kind="rms", eps=1e-5)),
+}
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_norms_of_the_heads_outputs_are_stated(case: str) -> None:
+    after, norm = NORMS[case]
+    assert found(Block(after)).o_norm == norm
+
+
+def test_a_norm_and_then_a_gate() -> None:
+    site = found(Block(lambda m, h, x: m.o(rms(h.flatten(2), m.scale) * m.gate(x).sigmoid())))
+    assert site.o_norm is not None and site.o_norm.across_heads and site.gate == Gate(projection=gate_of("gate"))
+
+
+def test_a_module_that_returns_the_heads_has_no_output_projection() -> None:
+    site = found(Block(lambda m, h, x: h.flatten(2)))
+    assert (site.fqn, site.o, site.call.outputs) == ("attention", None, None)
+    gated = found(Block(lambda m, h, x: (h.flatten(2) * m.gate(x).sigmoid(), None)))
+    assert gated.o is None and gated.gate == Gate(projection=gate_of("gate")) and gated.call.outputs == 2
+
+
+class PostNorm(nn.Module):
+    """As in BERT: the output projection, the residual and a norm stand in a module of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(lambda m, h, x: (h.flatten(2), None))
+        self.dense, self.norm = nn.Linear(D, D), nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.dense(self.attention(x)[0]))
+
+
+def test_the_owner_is_the_inner_module_where_the_outer_one_does_more() -> None:
+    site = found(PostNorm())
+    assert (site.fqn, site.o, site.call.outputs, site.call.output_index) == ("attention", None, 2, 0)
+
+
+def test_a_residual_inside_the_owner_is_part_of_the_contract() -> None:
+    site = found(Block(lambda m, h, x: x + F.dropout(m.o(h.flatten(2)), 0.5, m.training)))
+    assert site.call.residual == site.call.hidden == ArgPath(position=0)
+
+
+class Passed(nn.Module):
+    """As in Bloom: the owner is given what it adds, before or after the hidden state."""
+
+    def __init__(self, *, first: bool):
+        super().__init__()
+        self.first, self.norm = first, nn.LayerNorm(D)
+        self.attention = Attention(lambda m, h, x: None)
+        self.attention.forward = self.attend  # type: ignore[method-assign]
+
+    def attend(self, one: Tensor, other: Tensor) -> Tensor:
+        residual, x = (one, other) if self.first else (other, one)
+        return residual + self.attention.o(self.attention.heads(x).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, self.norm(x)) if self.first else self.attention(self.norm(x), x)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_hidden_state_and_residual_are_told_apart_by_the_proof(first: bool) -> None:
+    call = found(Passed(first=first)).call
+    assert (call.hidden, call.residual) == (ArgPath(position=int(first)), ArgPath(position=int(not first)))
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "learned scale": (lambda m, h, x: m.o(h.flatten(2) * m.scale), "stored or constant factor"),
+    "no activation": (lambda m, h, x: m.o(h.flatten(2) * m.gate(x)), "multiplied by linear.*'sigmoid'.* as a gate"),
+    "other activation": (lambda m, h, x: m.o(h.flatten(2) * m.gate(x).exp()), "multiplied by exp"),
+    "two layers": (
+        lambda m, h, x: m.o(h.flatten(2) * m.gate(F.relu(m.q(x))).sigmoid()),
+        "relu.* between the hidden states and the gate",
+    ),
+    "another token's gate": (
+        lambda m, h, x: m.o(h.flatten(2) * m.gate(x.roll(1, 1)).sigmoid()),
+        "gated by another token",
+    ),
+    "two gates": (
+        lambda m, h, x: m.o(h.flatten(2) * m.gate(x).sigmoid() * m.gate(x).tanh()),
+        "a gate on the heads' outputs after gate",
+    ),
+    "norm after a gate": (
+        lambda m, h, x: m.o(rms(h.flatten(2) * m.gate(x).sigmoid(), m.scale)),
+        "a norm on the heads' outputs after gate",
+    ),
+    "norm of half a head": (
+        lambda m, h, x: m.o(F.rms_norm(h.unflatten(-1, (2, 4)), (4,)).flatten(2)),
+        "norm of the heads' outputs acts on 4 channels, a head has 8",
+    ),
+    "residual with a factor": (lambda m, h, x: torch.add(x, m.o(h.flatten(2)), alpha=2), "more than attention: add"),
+    "another residual": (lambda m, h, x: x.flip(-1) + m.o(h.flatten(2)), "more than attention: add"),
+    "activation after it": (lambda m, h, x: m.o(h.flatten(2)).relu(), "more than attention: relu"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_site_cannot_state_is_refused_with_the_reason(case: str) -> None:
+    after, reason = REFUSED[case]
+    report = report_of(Block(after))
+    assert not report.sites
+    assert re.search(reason, report.near_misses[0].reason), report.near_misses[0].reason
+    assert "test_outputs.py:" in report.near_misses[0].source
+
+
+class Differential(nn.Module):
+    """Two softmaxes over the same values, one subtracted from the other (2410.05258)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(D, 3 * D), nn.Linear(D, 3 * D)
+        self.o = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = []
+        for p in (self.first, self.second):
+            q, k, v = (y.unflatten(-1, (H, V)).transpose(1, 2) for y in p(x).chunk(3, -1))
+            outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return self.o((outs[0] - 0.5 * outs[1]).transpose(1, 2).flatten(2))
+
+
+def test_differential_attention_is_named() -> None:
+    report = report_of(Differential())
+    assert not report.sites
+    reasons = [m.reason for m in report.near_misses]
+    assert any("2 attention cores, as differential attention does" in r for r in reasons), reasons
