@@ -124,7 +124,7 @@ def test_a_program_with_dynamic_sizes_is_right_at_every_length(family, implement
 
 def test_the_sinks_are_the_layers_own_and_the_record_names_them():
     result = fs.rewrite(export(build("gpt_oss")))
-    assert [r.facts["sinks"] for r in result.records] == [f"p_model_layers_{n}_self_attn_sinks" for n in (0, 1)]
+    assert [r.facts["sinks"] for r in result.records] == [f"model.layers.{n}.self_attn.sinks" for n in (0, 1)]
     assert [r.module for r in result.records] == [f"model.layers.{n}.self_attn" for n in (0, 1)]
     assert all(r.anchor in r.nodes for r in result.records)
 

@@ -184,9 +184,13 @@ def _replace(graph: fx.Graph, match: _Match, twin: Twin, anchor: fx.Node) -> Rew
         module=modules[-1] if modules else "",
         nodes=erased,
         replacement=spec.name if spec.name == SDPA else "fla_swap::window_attention_fwd",
-        facts=spec.facts() | heads | ({"sinks": sinks.name} if sinks is not None else {}),
+        facts=spec.facts() | heads | _sinks(core, twin),
         source=source,
     )
+
+
+def _sinks(core: Core, twin: Twin) -> dict[str, str]:
+    return {} if core.sinks is None else {"sinks": twin.graph.weights[core.sinks.name]}
 
 
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[str]:
