@@ -4,28 +4,28 @@ without half-written folders through `save` and `load`.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import struct
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fla_swap.errors import CheckpointError, FlaSwapError
+from fla_swap.folders import WEIGHTS, check_safetensors, read_json, written_beside
 from fla_swap.hybrid import MODEL_TYPE, HybridConfig, hybrid_config_class, hybrid_model_class, refuse_other_model
+from fla_swap.module_checkpoint import PLAN, load_module, save_module
 from fla_swap.planning import plan_from_dict
 from fla_swap.registration import FlaSwapConfig as FlaSwapConfig  # saved models name it as part of this module
 
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
+M = TypeVar("M", bound=nn.Module)
+Device = str | torch.device | None
 SIDE_FILES = (
+    PLAN,
     "adapter_config.json",
     "adapter_model.*",
     "added_tokens.json",
@@ -66,12 +66,14 @@ class FlaSwapModel(AutoModelForCausalLM):
     """Stands in the `auto_map` of a saved model; loads the class that the folder's config describes."""
 
 
-def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
+def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> Path:
     """Save a model (swapped or not) so that the folder is either the old one or the new one, never half of each.
 
     Everything is written beside `folder` first and then takes its place; a full disk or Ctrl-C leaves the old folder as
     it was. Files in an old folder that are no part of a model (reports, plots, training) are kept; a tokenizer and the
     like stay only when the same swapped model is saved again.
+
+    A module that is no transformers model is saved as plan.json and model.safetensors, without its code.
 
     Args:
         tokenizer: saved along, with its chat template.
@@ -82,37 +84,48 @@ def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, o
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, not a folder")
+    if not isinstance(model, PreTrainedModel):
+        if tokenizer is not None:
+            raise CheckpointError(f"a tokenizer is saved with a transformers model; this is a {type(model).__name__}")
+        return save_module(model, folder, SIDE_FILES, overwrite=overwrite)
     if not overwrite:
         _refuse(folder, model)
-    stale = WEIGHTS if _same(folder, model) else WEIGHTS + SIDE_FILES
-    fresh: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".saving", dir=folder.parent))
+    with written_beside(folder, WEIGHTS if _same(folder, model) else WEIGHTS + SIDE_FILES) as fresh:
         model.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        fresh.chmod(0o777 & ~_umask())
-        _take_place(fresh, folder, stale)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} could not be written ({error}); what was there before is unchanged") from error
-    finally:
-        if fresh is not None:
-            shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 
+@overload
 def load(
-    name: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
-) -> PreTrainedModel:
-    """Load a causal language model, swapped or not, from a folder or a hub id; checked.
+    name: str | Path, model: None = None, *, dtype: torch.dtype | None = None, device: Device = None
+) -> PreTrainedModel: ...
+
+
+@overload
+def load(name: str | Path, model: M, *, dtype: torch.dtype | None = None, device: Device = None) -> M: ...
+
+
+def load(
+    name: str | Path, model: nn.Module | None = None, *, dtype: torch.dtype | None = None, device: Device = None
+) -> nn.Module:
+    """Load a causal language model, swapped or not, from a folder or a hub id; or fill a module of your own. Checked.
 
     Args:
+        model: a freshly built module (on the meta device, if you like), for a folder that `save` wrote of one that is
+            no transformers model: the mixers of the folder's plan are put in and every weight is loaded, in place.
         dtype: None keeps the dtype on disk.
-        device: where to put it; None leaves it on the CPU.
+        device: where to put it; None leaves it where it was built, on the CPU.
     Raises:
         CheckpointError: no such model, a file is missing or truncated, or the weights do not fill the model.
     """
+    if model is not None:
+        if isinstance(model, PreTrainedModel):
+            raise CheckpointError(f"{type(model).__name__} is built by transformers: load it without `model`")
+        load_module(Path(name), model)
+        model = model if dtype is None else model.to(dtype)
+        return model if device is None else model.to(device)
     folder = Path(name)
     if folder.is_dir():
         check_folder(folder)
@@ -130,59 +143,30 @@ def load(
         where = "" if folder.is_dir() else "it is no folder here, and from the hub: "
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{name} could not be loaded: {where}{reason}") from error
-    model, info = found
+    loaded, info = found
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"{name} has no weights for {missing[:3]} ({len(missing)} in all); it is incomplete")
-    return model if device is None else model.to(device)
+    return loaded if device is None else loaded.to(device)
 
 
 def check_folder(folder: Path) -> None:
     """CheckpointError, naming the file, when a saved model lacks a file or one is cut short."""
     config = folder / "config.json"
     if not config.exists():
+        if (folder / PLAN).exists():
+            raise CheckpointError(f"{folder} holds a module of your own: build it, then fs.load(folder, module)")
         raise CheckpointError(f"{folder} holds no model: there is no config.json")
-    _read_json(config)
+    read_json(config)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
     else:
         names = [p.name for p in sorted(folder.glob("*.safetensors"))]
         if not names and not list(folder.glob("pytorch_model*.bin")):
             raise CheckpointError(f"{folder} holds a config.json, but no weights (model.safetensors)")
     for name in names:
-        _check_safetensors(folder / name)
-
-
-def _check_safetensors(path: Path) -> None:
-    """The header of a safetensors file says how long the file must be."""
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing, though the index names it")
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError("header longer than the file")
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is no readable safetensors file ({error}); it is damaged or cut short"
-        ) from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise CheckpointError(f"{path} is damaged or cut short: {size} bytes, its header says {expected}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
-    return data
+        check_safetensors(folder / name)
 
 
 def _refuse(folder: Path, model: PreTrainedModel) -> None:
@@ -199,34 +183,6 @@ def _same(folder: Path, model: PreTrainedModel) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def _take_place(fresh: Path, folder: Path, parts: tuple[str, ...]) -> None:
-    """Move `fresh` to `folder`; what was there makes room first and comes back when that fails.
-
-    parts: patterns of the files that are the old model's own, and go.
-    """
-    if not folder.exists():
-        os.replace(fresh, folder)
-        return
-    old = fresh.with_suffix(".old")
-    os.replace(folder, old)
-    try:
-        os.replace(fresh, folder)
-    except BaseException:
-        os.replace(old, folder)
-        raise
-    stale = {p for pattern in parts for p in old.glob(pattern)}
-    for path in old.iterdir():
-        if path not in stale and not (folder / path.name).exists():
-            os.replace(path, folder / path.name)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _register(base: type[PreTrainedConfig], config_class: type[PreTrainedConfig], architecture: str) -> None:

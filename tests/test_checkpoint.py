@@ -204,7 +204,7 @@ def test_a_full_disk_or_interrupt_leaves_the_old_folder(error, moment, tmp_path,
     if moment == "writing":
         monkeypatch.setattr(hybrid.PreTrainedModel, "save_pretrained", fail)
     else:
-        monkeypatch.setattr("fla_swap.checkpoint.os.replace", rename)
+        monkeypatch.setattr("os.replace", rename)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt):
         save(model, out)
     monkeypatch.undo()

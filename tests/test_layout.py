@@ -23,6 +23,8 @@ STAGES = (
     "planning",
     "swapping",
     "rewriting",
+    "folders",
+    "module_checkpoint",
     "checkpoint",
     "compilation",
     "distillation",
@@ -31,7 +33,8 @@ STAGES = (
 COMPOSERS = {
     "inspection": {"capture", "matching", "verification"},
     "distillation": {"swapping"},
-    "checkpoint": {"planning", "swapping", "registration"},
+    "module_checkpoint": {"planning", "swapping", "folders"},
+    "checkpoint": {"planning", "swapping", "registration", "folders", "module_checkpoint"},
 }
 
 # A report prints and explains itself: its methods import what does so when they are called.
