@@ -160,7 +160,7 @@ def _check(model: nn.Module, stored: dict[str, Tensor], folder: Path) -> None:
 def _fill(model: nn.Module, stored: dict[str, Tensor]) -> None:
     """Replace every tensor by its stored value, where it was. Tied ones stay tied.
 
-    From the meta device they come to the CPU, tied as they were when they were saved: accelerate's empty modules are not.
+    From the meta device they come to the CPU, tied as they were saved (accelerate unties).
     """
     filled: dict[int, Tensor] = {}
     for full, module, name, tensor in list(_slots(model)):
