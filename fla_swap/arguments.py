@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fla_swap.types import ArgPath
 
@@ -46,6 +46,41 @@ def set_argument(path: ArgPath, value: Any, args: Args, kwargs: Kwargs) -> tuple
         return args, {**kwargs, path.keyword: value}
     position = path.position or 0
     return (*args[:position], value, *args[position + 1 :]), dict(kwargs)
+
+
+def fetch(path: ArgPath | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The argument that `path` points to in a call, or None when it is not passed."""
+    if path is None:
+        return None
+    value = None
+    if path.keyword is not None and path.keyword in kwargs:
+        value = kwargs[path.keyword]
+    elif path.position is not None and path.position < len(args):
+        value = args[path.position]
+    return value if value is None or path.item is None else value[path.item]
+
+
+def joined_masks(pairs: Tensor | None, padding: Tensor | None, *, hides: bool) -> Tensor | None:
+    """One mask of truth values (True is seen) made of one over pairs of tokens, [T, S], and one over the keys, [B, S].
+
+    Both may be bool (true where a key is hidden if `hides`) or additive. Returns [B, S] for padding alone, else
+    [B or 1, 1, T, S], where a token that would see nothing sees itself.
+    """
+    if pairs is None:
+        return None if padding is None else _seen(padding, hides)
+    seen = _seen(pairs, hides)[None, None]
+    if padding is None:
+        return seen
+    seen = seen & _seen(padding, hides)[:, None, None, :]
+    own = torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
+    return seen | (own & ~seen.any(-1, keepdim=True))
+
+
+def _seen(mask: Tensor, hides: bool) -> Tensor:
+    """A mask as truth values, true where a key is seen."""
+    if mask.dtype == torch.bool:
+        return ~mask if hides else mask
+    return mask > torch.finfo(mask.dtype).min / 2
 
 
 @contextlib.contextmanager

@@ -89,13 +89,16 @@ def record_cache(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kw
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     config = getattr(model, "config", None)
-    sentinel = Sentinel(config=config) if config is not None else Sentinel()
+    own = Sentinel(config=config) if config is not None else Sentinel()
+    sentinel: Any = own
+    if getattr(config, "is_encoder_decoder", False):
+        sentinel = transformers.EncoderDecoderCache(own, transformers.DynamicCache())
 
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             stack.names.append(name)
             for path, value in leaves(args, kwargs):
-                if value is sentinel:
+                if value is sentinel or value is own:
                     found.setdefault(name, CacheRecord()).path = path
 
         return hook
@@ -226,7 +229,7 @@ def derive_contract(
             facts.setdefault(name.removesuffix(" hidden"), path)
             if name.endswith(" hidden"):
                 facts["hides"] = True
-        elif _looks_like_a_mask(value, keys.shape[1]) and (value.dtype == torch.bool or bool(value.any())):
+        elif _looks_like_a_mask(value, length, keys.shape[1]) and (value.dtype == torch.bool or bool(value.any())):
             where = path.keyword or f"number {path.position}"
             return f"argument {where} {tuple(value.shape)} is a mask, but not the site's own with the padding hidden"
     if ("cos" in facts) != ("sin" in facts):
@@ -275,10 +278,11 @@ def _are_positions(value: Tensor, positions: Tensor) -> bool:
     return torch.equal(value.expand(positions.shape).long(), positions.to(value.device))
 
 
-def _looks_like_a_mask(value: Tensor, keys: int) -> bool:
+def _looks_like_a_mask(value: Tensor, length: int, keys: int) -> bool:
     if value.shape[-1:] != (keys,) or value.dim() < 2:
         return False
-    return value.dtype == torch.bool or value.dim() == 4 or (value.is_floating_point() and value.dim() == 2)
+    floating = value.is_floating_point() and (value.dim() == 2 or value.shape[-2] == length)
+    return value.dtype == torch.bool or value.dim() == 4 or floating
 
 
 def _mask_kind(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor) -> str | None:

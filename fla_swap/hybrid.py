@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fla_swap.arguments import fetch, joined_masks
 from fla_swap.cache import StateLayer, install_layer, state_layer
 from fla_swap.errors import CheckpointError, SwapError
 from fla_swap.mixers import State, TokenMixer, mixer_class
-from fla_swap.types import ArgPath, AttentionSite, SwapPlan, from_jsonable, to_jsonable
+from fla_swap.types import AttentionSite, SwapPlan, from_jsonable, to_jsonable
 
 MODEL_TYPE = "fla_swap"
 SHIM = "modeling_fla_swap.py"
@@ -34,6 +35,8 @@ class SwappedAttention(nn.Module):
         for name, value in vars(original).items():
             if not name.startswith("_") and name != "training" and _is_plain(value):
                 setattr(self, name, value)
+        for name in original._parameters:  # code around may ask whether there is such a parameter: not any more
+            setattr(self, name, None)
         self.site, self.call, self.mixer = site, site.call, mixer
         self._original: tuple[nn.Module, ...] = (original,) if keep_original else ()
         self.use_original = False
@@ -70,8 +73,9 @@ class SwappedAttention(nn.Module):
         call = self.call
         hidden = fetch(call.hidden, args, kwargs)
         hidden = hidden.transpose(0, 1) if call.time_first else hidden
-        mask = fetch(call.mask, args, kwargs)
+        mask = self._mask(args, kwargs)
         cache = fetch(call.cache, args, kwargs)
+        cache = getattr(cache, "self_attention_cache", cache)
         cos, sin = fetch(call.cos, args, kwargs), fetch(call.sin, args, kwargs)
         where: dict[str, Any] = {
             "positions": fetch(call.positions, args, kwargs),
@@ -86,6 +90,19 @@ class SwappedAttention(nn.Module):
         residual = fetch(call.residual, args, kwargs)
         return self._pack(mixed if residual is None else residual + mixed)
 
+    def _mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The model's mask: as it is, or made of one over pairs of tokens and one over the keys."""
+        call = self.call
+        if call.pairs is None and call.padding is None:
+            return fetch(call.mask, args, kwargs)
+        pairs, padding = fetch(call.pairs, args, kwargs), fetch(call.padding, args, kwargs)
+        if call.pairs is not None and pairs is None and self.site.mask.kind != "bidirectional":
+            raise SwapError(
+                f"{self.site.fqn}: it was inspected under a {self.site.mask.kind} mask that is an argument, and is "
+                "called without one now; inspect the model as it is called"
+            )
+        return joined_masks(pairs, padding, hides=call.hides)
+
     def _pack(self, mixed: Tensor) -> Any:
         call = self.call
         if call.outputs is None:
@@ -96,6 +113,8 @@ class SwappedAttention(nn.Module):
         """A mixer that keeps keys and values, in the model's own cache and under the model's own mask."""
         tokens = hidden.shape[1]
         padding = mask is not None and mask.dim() == 2
+        if padding and self.site.mask.kind == "bidirectional":
+            mask, padding = (mask != 0)[:, None, None, :], False
         # Without a mask, several tokens are a whole sequence: keys beyond them are the empty part of a static cache.
         whole = mask is None and tokens > 1 and not self._flash()
 
@@ -201,18 +220,6 @@ class SwappedAttention(nn.Module):
 def _is_plain(value: Any) -> bool:
     """Facts that the code around an attention module may read from it: numbers, names, the model's config."""
     return value is None or isinstance(value, (bool, int, float, str, PreTrainedConfig))
-
-
-def fetch(path: ArgPath | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The argument that `path` points to in a call, or None when it is not passed."""
-    if path is None:
-        return None
-    value = None
-    if path.keyword is not None and path.keyword in kwargs:
-        value = kwargs[path.keyword]
-    elif path.position is not None and path.position < len(args):
-        value = args[path.position]
-    return value if value is None or path.item is None else value[path.item]
 
 
 def read_mask(mask: Any, hidden: Tensor, seen: Any) -> tuple[Tensor | None, Tensor | None]:

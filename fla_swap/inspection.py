@@ -16,7 +16,15 @@ from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_ent
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
 from fla_swap.exportable import StandIns, exportable
 from fla_swap.matching import MATCHED, MatchResult, mask_lengths, match
-from fla_swap.model_inputs import Example, Inputs, default_inputs, inputs_of_length, padding_masks, resizable
+from fla_swap.model_inputs import (
+    Example,
+    Inputs,
+    default_inputs,
+    inputs_of_length,
+    padding_masks,
+    resizable,
+    token_counts,
+)
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.graph import CapturedGraph
@@ -95,15 +103,30 @@ class _Inspection:
         self.catalogue = catalogue(patterns)
         self.longest = 0
         self.resize: list[int] | None = None
+        self.time_first = False
         self.notes: list[str] = list(stand_ins.notes)
         self.proofs: ProveOnce | None = None
 
     def match(self) -> MatchResult:
+        known = self.notes
+        self.notes = list(known)
+        matched = self._match()
+        if self.example is not None and not matched.varied:
+            # Nothing depends on the second dimension: the tokens may stand in the first.
+            self.time_first, self.notes = True, list(known)
+            other = self._match() if token_counts(self.example, time_first=True) else matched
+            if other.varied:
+                return other
+            self.time_first, self.notes = False, list(known)
+            return self._match()
+        return matched
+
+    def _match(self) -> MatchResult:
         taken = self._sizes()
         short = next(n for n in SHORT if n not in taken)
         limit = self._limit()
         if self.example is not None:
-            self.resize = resizable(self.model, self.example, short)
+            self.resize = resizable(self.model, self.example, short, time_first=self.time_first)
         first = capture(self.model, self._inputs(short), length=short, limit=limit)
         hints = {h for h in mask_lengths(first, self.catalogue) if h < min(limit, LONGEST)}
         wanted = max((*hints, 2 * short)) + 3
@@ -210,7 +233,7 @@ class _Inspection:
 
     def _inputs(self, length: int, padded: int = 0) -> Inputs:
         if self.example is not None:
-            return inputs_of_length(self.example, length, padded=padded, resize=self.resize)
+            return inputs_of_length(self.example, length, padded=padded, resize=self.resize, time_first=self.time_first)
         return default_inputs(self.model, length, padded=padded)
 
     def _caches(self, owners: list[str], notes: list[str]) -> dict[str, CacheRecord]:

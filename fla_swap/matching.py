@@ -51,13 +51,14 @@ class _Stop(Exception):
 class MatchResult:
     """Sites (not yet proved, `call` still empty), near misses (furthest first), and cores that belong to no site.
 
-    `fixed`: the sites that had the same token counts in every graph.
+    `fixed`: the sites that had the same token counts in every graph; `varied`: whether any core had not.
     """
 
     sites: tuple[AttentionSite, ...]
     near_misses: tuple[NearMiss, ...]
     unclaimed: tuple[str, ...]
     fixed: tuple[str, ...] = ()
+    varied: bool = False
 
 
 def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
@@ -85,8 +86,16 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
             misses.append(attempt.near_miss(attempt.explained(stop)))
         except NoValue as unknown:
             misses.append(attempt.near_miss(_Stop("values", str(unknown), nodes[0])))
+    found = [
+        [_sized(g, r.facts) for (_, r), g in zip(group_, graphs, strict=True)]
+        for group_ in zip(*cores, strict=True)
+        if isinstance(group_[0][1], Found)
+    ]
+    varied = any(len({(v.length, v.keys) for v in views}) > 1 for views in found)
     misses.sort(key=lambda m: -m.progress)
-    return MatchResult(sites=tuple(sites), near_misses=tuple(misses), unclaimed=tuple(unclaimed), fixed=tuple(fixed))
+    return MatchResult(
+        sites=tuple(sites), near_misses=tuple(misses), unclaimed=tuple(unclaimed), fixed=tuple(fixed), varied=varied
+    )
 
 
 def mask_lengths(graph: CapturedGraph, patterns: Catalogue) -> set[int]:
@@ -259,6 +268,9 @@ class _Attempt:
         batch = hidden[1] if time_first else hidden[0]
         self.view = view.sized(length=view.length, keys=view.key_length, batch=batch, time_first=time_first)
         if boundary.memory is None:
+            if view.key_length != view.length:
+                reason = f"{view.key_length} keys for {view.length} tokens: something joins them, or they are pooled"
+                raise _Stop("k", reason, self.node)
             return hidden[-1], None
         memory = shape(boundary.memory)
         wanted = (view.key_length, batch) if time_first else (batch, view.key_length)

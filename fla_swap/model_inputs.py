@@ -92,28 +92,31 @@ class _Defaults:
         return getattr(getattr(self.config, part, None), name, None) if found is None and part else found
 
 
-def inputs_of_length(example: Example, length: int, *, padded: int = 0, resize: Sequence[int] | None = None) -> Inputs:
+def inputs_of_length(
+    example: Example, length: int, *, padded: int = 0, resize: Sequence[int] | None = None, time_first: bool = False
+) -> Inputs:
     """The user's example inputs with two rows and other token counts.
 
-    `resize` are the token counts (second dimensions) to change, the first of them to `length`, the next to two less,
-    and so on; None: that of the first tensor [B, T, …]; none at all leaves every size as it is. Masks over pairs of
+    `resize` are the token counts (`token_counts`) to change, the first of them to `length`, the next to two less, and
+    so on; None: that of the first tensor [B, T, …]; none at all leaves every size as it is. Masks over pairs of
     tokens, [T, S], that are causal or all equal are made anew. A padding mask [B, T] (bool and hiding nothing, or a
     whole-number tensor called a mask, which becomes ones) gets `padded` hidden positions at the start of row 1.
     """
     named = _named(example)
-    counts = token_counts(example)
+    counts = token_counts(example, time_first=time_first)
     if not counts:
         raise CaptureError("example_inputs holds no tensor [batch, time, …]")
     chosen = counts[:1] if resize is None else resize
     lengths = {count: length - 2 * i for i, count in enumerate(chosen)}
-    rows = next(v.shape[0] for v in named.values() if isinstance(v, Tensor) and v.dim() >= 2)
+    first = next(v for v in named.values() if isinstance(v, Tensor) and v.dim() >= 2)
+    rows = first.shape[1 - _token_dim(first, time_first)]
     done: dict[int, Tensor] = {}
 
     def change(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() < 2:
             return value
         if id(value) not in done:
-            done[id(value)] = _padded(name, _resized(value, lengths, rows), padded)
+            done[id(value)] = _padded(name, _resized(value, lengths, rows, _token_dim(value, time_first)), padded)
         return done[id(value)]
 
     changed = {name: change(name, value) for name, value in named.items()}
@@ -122,16 +125,24 @@ def inputs_of_length(example: Example, length: int, *, padded: int = 0, resize: 
     return tuple(changed.values()), {}
 
 
-def token_counts(example: Example) -> list[int]:
-    """The distinct second dimensions of the tensors of two dimensions and more, in order."""
-    return list(dict.fromkeys(v.shape[1] for v in _named(example).values() if isinstance(v, Tensor) and v.dim() >= 2))
+def token_counts(example: Example, *, time_first: bool = False) -> list[int]:
+    """The distinct second dimensions of the tensors of two dimensions and more, in order.
+
+    With `time_first` the first dimensions of the tensors of three and more; [T, B, D] and masks [B, T] go together.
+    """
+    tensors = [v for v in _named(example).values() if isinstance(v, Tensor) and v.dim() >= 2]
+    return list(dict.fromkeys(v.shape[_token_dim(v, time_first)] for v in tensors))
 
 
-def resizable(model: nn.Module, example: Example, length: int) -> list[int]:
+def _token_dim(value: Tensor, time_first: bool) -> int:
+    return 0 if time_first and value.dim() >= 3 else 1
+
+
+def resizable(model: nn.Module, example: Example, length: int, *, time_first: bool = False) -> list[int]:
     """The token counts of the example that the model lets be changed: all of them, one of them, or none (tried out)."""
-    counts = token_counts(example)
+    counts = token_counts(example, time_first=time_first)
     for chosen in dict.fromkeys((tuple(counts), *((c,) for c in counts))):
-        args, kwargs = inputs_of_length(example, length, resize=chosen)
+        args, kwargs = inputs_of_length(example, length, resize=chosen, time_first=time_first)
         try:
             with undisturbed(model, use_cache=False):
                 model(*args, **kwargs)
@@ -165,17 +176,19 @@ def _named(example: Example) -> dict[str, Any]:
     return dict(example) if isinstance(example, Mapping) else {str(i): v for i, v in enumerate(example)}
 
 
-def _resized(value: Tensor, lengths: Mapping[int, int], rows: int) -> Tensor:
+def _resized(value: Tensor, lengths: Mapping[int, int], rows: int, dim: int) -> Tensor:
     if not lengths:
         return value
     if _is_pairs(value):
         return _new_pairs(value, lengths)
-    if value.shape[0] == rows:
-        value = value.repeat(-(-BATCH // rows), *[1] * (value.dim() - 1))[:BATCH]
-    if value.shape[1] in lengths:
-        length = lengths[value.shape[1]]
-        value = value.repeat(1, -(-length // value.shape[1]), *[1] * (value.dim() - 2))[:, :length]
-    return value
+    if value.shape[1 - dim] == rows:
+        value = _cycled(value, 1 - dim, BATCH)
+    return _cycled(value, dim, lengths.get(value.shape[dim], value.shape[dim]))
+
+
+def _cycled(value: Tensor, dim: int, size: int) -> Tensor:
+    """The value repeated or cut along a dimension."""
+    return value.index_select(dim, torch.arange(size, device=value.device) % value.shape[dim])
 
 
 def _padded(name: str, value: Tensor, padded: int) -> Tensor:

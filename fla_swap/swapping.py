@@ -38,6 +38,7 @@ def swap_(model: nn.Module, plan: SwapPlan, *, keep_originals: bool = True) -> n
         _forget_static_cache(model)
     for fqn, module in built:
         install(model, fqn, module)
+    _set_nested_tensors(model, [fqn for fqn, _ in built], allowed=False)
     return model
 
 
@@ -59,6 +60,7 @@ def restore_(model: nn.Module) -> nn.Module:
     for fqn, layer in layers:
         assert layer.original is not None
         install(model, fqn, layer.original)
+    _set_nested_tensors(model, [fqn for fqn, _ in layers], allowed=True)
     if isinstance(model, PreTrainedModel):
         become_plain(model)
         _forget_static_cache(model)
@@ -106,6 +108,8 @@ def _build(model: nn.Module, layer: LayerPlan, weights: Mapping[str, Tensor], ke
         original = model.get_submodule(site.fqn)
     except AttributeError as error:
         raise SwapError(f"the plan is for another model: this one has no module {site.fqn!r}") from error
+    if not site.fqn:
+        raise SwapError("the attention is the whole model: there is nothing to put a mixer into; swap in what holds it")
     _check_weights(site, weights)
     try:
         mixer = mixer_class(layer.mixer).from_attention(site, weights, layer.options)
@@ -174,3 +178,22 @@ def _forget_static_cache(model: PreTrainedModel) -> None:
     for name in ("_cache", "_compiled_call"):
         if name in vars(model):
             delattr(model, name)
+
+
+def _set_nested_tensors(model: nn.Module, fqns: list[str], *, allowed: bool) -> None:
+    """Whether what holds these layers (`nn.TransformerEncoder`) may hand them padded batches as nested tensors.
+
+    With them it reads the weights of its layers itself, which a swapped layer has not. `allowed` puts back what was.
+    """
+    for fqn in fqns:
+        parts = fqn.split(".")
+        for depth in range(len(parts)):
+            holder = vars(model.get_submodule(".".join(parts[:depth])))
+            if not allowed and holder.get("use_nested_tensor"):
+                holder["use_nested_tensor"] = _WITHHELD
+            elif allowed and holder.get("use_nested_tensor") is _WITHHELD:
+                holder["use_nested_tensor"] = True
+
+
+_WITHHELD = 0
+"""False, told apart from a user's own False."""

@@ -278,7 +278,10 @@ class CapturedGraph:
                 args, kwargs = (visit(node.all_input_nodes[0]), *rest), dict(node.kwargs)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), visit)
-            return _moved(node.target, args, kwargs)
+            try:
+                return _moved(node.target, args, kwargs)
+            except RuntimeError as error:
+                raise NotLayout(node) from error
 
         return visit(target)
 
