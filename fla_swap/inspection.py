@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect as python_inspect
 import time
@@ -23,7 +24,6 @@ from fla_swap.model_inputs import (
     inputs_of_length,
     padding_masks,
     resizable,
-    token_counts,
 )
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
@@ -108,17 +108,19 @@ class _Inspection:
         self.proofs: ProveOnce | None = None
 
     def match(self) -> MatchResult:
-        known = self.notes
-        self.notes = list(known)
+        known = list(self.notes)
         matched = self._match()
-        if self.example is not None and not matched.varied:
-            # Nothing depends on the second dimension: the tokens may stand in the first.
-            self.time_first, self.notes = True, list(known)
-            other = self._match() if token_counts(self.example, time_first=True) else matched
-            if other.varied:
-                return other
-            self.time_first, self.notes = False, list(known)
-            return self._match()
+        if self.example is None or matched.varied:
+            return matched
+        # Nothing depends on the second dimension: the tokens may stand in the first.
+        before = dict(vars(self))
+        self.time_first, self.notes = True, known
+        if resizable(self.model, self.example, SHORT[0], time_first=True):
+            with contextlib.suppress(CaptureError):
+                other = self._match()
+                if other.varied:
+                    return other
+        vars(self).update(before)
         return matched
 
     def _match(self) -> MatchResult:
