@@ -87,12 +87,13 @@ def _seen(mask: Tensor, hides: bool) -> Tensor:
 def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
     """Eval mode without gradients, and `config.use_cache` set where there is one; all of it is put back afterwards.
 
-    PyTorch's own attention modules take their spelled-out path meanwhile, not the fused one that hides what they do.
+    So are attributes and buffers that a forward pass sets (rotary frequencies that follow the length). PyTorch's own attention modules take their spelled-out path meanwhile, not the fused one that hides what they do.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     modes = {m: m.training for m in model.modules()}
     config = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
+    states = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
     model.eval()
     try:
         if before is not None:
@@ -104,5 +105,11 @@ def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
         if before is not None:
             config.use_cache = before  # type: ignore[union-attr]
+        for module, attributes, buffers in states:
+            for name in set(vars(module)) - set(attributes):
+                del vars(module)[name]
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         for module, mode in modes.items():
             module.training = mode

@@ -10,10 +10,12 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from fla_swap.arguments import undisturbed
 from fla_swap.errors import CaptureError
+from fla_swap.exporting import Exported, exports
 from fla_swap.model_inputs import BATCH, Inputs, closed_input
-from fla_swap.patterns.graph import CapturedGraph
+from fla_swap.patterns.graph import CapturedGraph, _ops
+
+NUMBER = _ops("item", "_local_scalar_dense", "nonzero", "is_nonzero")
 
 
 def capture(model: nn.Module, inputs: Inputs, *, length: int, limit: int = 2**31) -> CapturedGraph:
@@ -24,13 +26,21 @@ def capture(model: nn.Module, inputs: Inputs, *, length: int, limit: int = 2**31
     Raises CaptureError when `torch.export` cannot follow the model: the message says where, and how to capture a
     submodule instead.
     """
-    args, kwargs = inputs
-    try:
-        with undisturbed(model, use_cache=False):
-            exported = torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:
-        raise CaptureError(_advice(model, error)) from error
-    return _graph(exported, inputs, length, limit)
+    first: Exception | None = None
+    for found in exports(model, inputs):
+        if isinstance(found, Exception):
+            first = first or found
+            continue
+        graph = _graph(found, inputs, length, limit)
+        if not found.branched or not _decides_on_data(graph):
+            return graph
+    assert first is not None
+    raise CaptureError(_advice(model, first)) from first
+
+
+def _decides_on_data(graph: CapturedGraph) -> bool:
+    """Whether some value that the model read was turned into a number: another input takes another path."""
+    return any(n.target in NUMBER and any(graph.is_open(i) for i in n.all_input_nodes) for n in graph.nodes)
 
 
 def _advice(model: nn.Module, error: Exception) -> str:
@@ -49,7 +59,8 @@ def _advice(model: nn.Module, error: Exception) -> str:
     )
 
 
-def _graph(exported: torch.export.ExportedProgram, inputs: Inputs, length: int, limit: int) -> CapturedGraph:
+def _graph(found: Exported, inputs: Inputs, length: int, limit: int) -> CapturedGraph:
+    exported = found.program
     module = exported.graph_module
     inline_regions(module)
     signature = exported.graph_signature
@@ -80,6 +91,8 @@ def _graph(exported: torch.export.ExportedProgram, inputs: Inputs, length: int, 
         batch=BATCH,
         length=length,
         limit=limit,
+        branched=found.branched,
+        opaque=found.opaque,
     )
 
 

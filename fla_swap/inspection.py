@@ -106,6 +106,7 @@ class _Inspection:
         self.time_first = False
         self.notes: list[str] = list(stand_ins.notes)
         self.proofs: ProveOnce | None = None
+        self.rope_limit: int | None = None
 
     def match(self) -> MatchResult:
         known = list(self.notes)
@@ -130,6 +131,9 @@ class _Inspection:
         if self.example is not None:
             self.resize = resizable(self.model, self.example, short, time_first=self.time_first)
         first = capture(self.model, self._inputs(short), length=short, limit=limit)
+        if first.branched:
+            self._read_rope_limit(short, limit)
+        self._note_opaque(first.opaque)
         hints = {h for h in mask_lengths(first, self.catalogue) if h < min(limit, LONGEST)}
         wanted = max((*hints, 2 * short)) + 3
         while wanted in taken and wanted < limit:
@@ -138,11 +142,25 @@ class _Inspection:
         self.proofs = ProveOnce(first) if self.stand_ins.weights else None
         if _sizes_of(self._inputs(self.longest)) == _sizes_of(self._inputs(short)):
             self.notes.append("the model was captured at one size only: its inputs have no other, or it takes no other")
-            return match((first,), self.catalogue)
-        matched = match((first, self._longer(hints, limit)), self.catalogue)
+            return match((first,), self.catalogue, rope_limit=self.rope_limit)
+        matched = match((first, self._longer(hints, limit)), self.catalogue, rope_limit=self.rope_limit)
         if matched.fixed:
             self.notes.append(f"{len(matched.fixed)} layers have one token count only ({matched.fixed[0]} …)")
         return matched
+
+    def _read_rope_limit(self, short: int, limit: int) -> None:
+        """The model's code decides by the length: up to where do the rotary frequencies hold?"""
+        self.rope_limit = rope_limit(self.model, self._inputs(short), short, limit)
+        if self.rope_limit is not None:
+            self.notes.append(
+                f"the rotary frequencies hold up to {self.rope_limit} tokens: the model takes others for longer inputs, "
+                "a mixer that makes its own tables goes on with these"
+            )
+
+    def _note_opaque(self, opaque: Sequence[str]) -> None:
+        if opaque:
+            more = f" and {len(opaque) - 1} more" if len(opaque) > 1 else ""
+            self.notes.append(f"not looked into, torch.export cannot follow it: {opaque[0]}{more}")
 
     def _longer(self, hints: set[int], limit: int) -> CapturedGraph:
         """The second capture. Where the model takes nothing longer than its largest constant, just below that."""

@@ -87,13 +87,15 @@ class Temperature:
 class Rope:
     """Rotary embedding of the first `2 · len(inv_freq)` channels; `style` "half" (Llama) or "interleaved" (GPT-J).
 
-    Angles are `position · inv_freq` in radians; cos and sin are multiplied by `attention_scaling`.
+    Angles are `position · inv_freq` in radians; cos and sin are multiplied by `attention_scaling`. `limit`: the longest
+    input for which the model uses these frequencies (it takes others for longer ones); None: no such length is known.
     RoFormer, 2104.09864.
     """
 
     inv_freq: tuple[float, ...]
     style: str = "half"
     attention_scaling: float = 1.0
+    limit: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

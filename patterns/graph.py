@@ -71,6 +71,8 @@ class CapturedGraph:
 
     `batch` and `length` are the model's; one attention's own may be others: `sized` gives the graph as that site sees
     it, with `keys` beside `length` queries and `time_first` where its hidden states are [T, B, D].
+
+    `branched`: the model's code decides by the length. `opaque`: modules that were not looked into.
     """
 
     module: fx.GraphModule
@@ -82,6 +84,8 @@ class CapturedGraph:
     limit: int = 2**31
     keys: int | None = None
     time_first: bool = False
+    branched: bool = False
+    opaque: tuple[str, ...] = ()
     known: dict[Any, Any] = field(default_factory=dict, repr=False)
     _memo: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
     _order: dict[fx.Node, int] = field(default_factory=dict, repr=False)
