@@ -87,7 +87,8 @@ def _seen(mask: Tensor, hides: bool) -> Tensor:
 def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
     """Eval mode without gradients, and `config.use_cache` set where there is one; all of it is put back afterwards.
 
-    So are attributes and buffers that a forward pass sets (rotary frequencies that follow the length). PyTorch's own attention modules take their spelled-out path meanwhile, not the fused one that hides what they do.
+    So are attributes and buffers that a forward pass sets (rotary frequencies that follow the length). PyTorch's own
+    attention modules take their spelled-out path meanwhile, not the fused one that hides what they do.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     modes = {m: m.training for m in model.modules()}

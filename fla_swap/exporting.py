@@ -1,9 +1,9 @@
 """`torch.export` with two ways around code that it cannot follow: real values for branches, and opaque modules.
 
-A branch on values that no data reach (a rotary embedding that looks at the longest position) is taken as the real values
-take it: the graph then holds for that length. A module that loops over its data (routed experts written as a loop) is
-replaced by one that only says that its outputs depend on its inputs; what it contains is not looked at, and a note says
-so.
+A branch on values that no data reach (a rotary embedding that looks at the longest position) is taken as the real
+values take it: the graph then holds for that length. A module that loops over its data (routed experts written as a
+loop) is replaced by one that only says that its outputs depend on its inputs; what it contains is not looked at, and a
+note says so.
 """
 
 from __future__ import annotations

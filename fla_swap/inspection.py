@@ -16,6 +16,7 @@ from fla_swap.capture import capture
 from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_entry, readings, record_cache, record_calls
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
 from fla_swap.exportable import StandIns, exportable
+from fla_swap.lengths import rope_limit
 from fla_swap.matching import MATCHED, MatchResult, mask_lengths, match
 from fla_swap.model_inputs import (
     Example,
@@ -85,6 +86,7 @@ def inspect(
 def _nothing_found(report: AttentionReport) -> str:
     if not report.near_misses:
         more = f"; its softmaxes are {list(report.unclaimed)}" if report.unclaimed else ""
+        more += "".join(f"; {note}" for note in report.notes)
         return f"{report.model} has no attention: no fused attention call, and no softmax between two products{more}"
     first = report.near_misses[0]
     count = len(report.near_misses)
@@ -132,7 +134,7 @@ class _Inspection:
             self.resize = resizable(self.model, self.example, short, time_first=self.time_first)
         first = capture(self.model, self._inputs(short), length=short, limit=limit)
         if first.branched:
-            self._read_rope_limit(short, limit)
+            self._read_rope_limit(short)
         self._note_opaque(first.opaque)
         hints = {h for h in mask_lengths(first, self.catalogue) if h < min(limit, LONGEST)}
         wanted = max((*hints, 2 * short)) + 3
@@ -148,13 +150,13 @@ class _Inspection:
             self.notes.append(f"{len(matched.fixed)} layers have one token count only ({matched.fixed[0]} …)")
         return matched
 
-    def _read_rope_limit(self, short: int, limit: int) -> None:
+    def _read_rope_limit(self, short: int) -> None:
         """The model's code decides by the length: up to where do the rotary frequencies hold?"""
-        self.rope_limit = rope_limit(self.model, self._inputs(short), short, limit)
+        self.rope_limit = rope_limit(self.model, self._inputs(short), short)
         if self.rope_limit is not None:
             self.notes.append(
-                f"the rotary frequencies hold up to {self.rope_limit} tokens: the model takes others for longer inputs, "
-                "a mixer that makes its own tables goes on with these"
+                f"the rotary frequencies hold up to {self.rope_limit} tokens: the model takes others for longer "
+                "inputs, a mixer that makes its own tables goes on with these"
             )
 
     def _note_opaque(self, opaque: Sequence[str]) -> None:
@@ -175,7 +177,7 @@ class _Inspection:
 
     def finish(self, matched: MatchResult, verify: bool) -> tuple[list[AttentionSite], list[NearMiss], list[str]]:
         if not matched.sites:
-            return [], [], []
+            return [], [], self.notes
         length, notes = self._proof_length(matched.sites)
         notes = self.notes + notes
         inputs = self._inputs(length, padded=length // 3)
@@ -240,7 +242,7 @@ class _Inspection:
 
     def _proof_length(self, sites: Sequence[AttentionSite]) -> tuple[int, list[str]]:
         heads = max(s.heads for s in sites)
-        length = self.longest
+        length = self.longest if self.rope_limit is None else min(self.longest, self.rope_limit)
         while 4 * 2 * heads * length * length > PROOF_BYTES and length > 64:
             length //= 2
         wide = [s for s in sites if s.mask.window is not None and s.mask.window >= length]

@@ -1,4 +1,4 @@
-"""Up to which length a model's rotary frequencies hold, where its code changes them as inputs grow (longrope, dynamic)."""
+"""Up to which length rotary frequencies hold, where a model changes them as its inputs grow (longrope, dynamic NTK)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fla_swap.model_inputs import Inputs
 LONGEST = 2**18
 
 
-def rope_limit(model: nn.Module, inputs: Inputs, length: int, longest: int) -> int | None:
+def rope_limit(model: nn.Module, inputs: Inputs, length: int) -> int | None:
     """The longest input for which the modules that turn positions into tables give what they give at `length`.
 
     Those are the modules without parameters that are called with the positions 0 … length − 1. None: they give the same
-    up to `longest` tokens (at most 2¹⁸ are tried).
+    up to 2¹⁸ tokens.
     """
     calls: list[tuple[nn.Module, Any, Any]] = []
 
@@ -35,7 +35,7 @@ def rope_limit(model: nn.Module, inputs: Inputs, length: int, longest: int) -> i
     finally:
         for hook in hooks:
             hook.remove()
-    found = [_limit_of(call, length, min(longest, LONGEST)) for call in calls]
+    found = [_limit_of(call, length) for call in calls]
     return min((f for f in found if f is not None), default=None)
 
 
@@ -44,7 +44,7 @@ def _counts(value: Any, length: int) -> bool:
     return whole and value.shape[-1] == length and bool((value == torch.arange(length, device=value.device)).all())
 
 
-def _limit_of(call: tuple[nn.Module, Any, Any], length: int, longest: int) -> int | None:
+def _limit_of(call: tuple[nn.Module, Any, Any], length: int) -> int | None:
     wanted = _outputs(call, length, length)
 
     def same(tokens: int) -> bool:
@@ -54,9 +54,9 @@ def _limit_of(call: tuple[nn.Module, Any, Any], length: int, longest: int) -> in
             for a, b in zip(found, wanted, strict=True)
         )
 
-    if longest <= length or same(longest):
+    if same(LONGEST):
         return None
-    low, high = length, longest
+    low, high = length, LONGEST
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if same(middle) else (low, middle)

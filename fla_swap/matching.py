@@ -6,6 +6,7 @@ Each step that holds counts as progress; the first that does not becomes the nea
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,10 @@ class MatchResult:
     varied: bool = False
 
 
-def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
+def match(graphs: Sequence[CapturedGraph], patterns: Catalogue, *, rope_limit: int | None = None) -> MatchResult:
     """Match the same model captured at two (or more) lengths; heads are traced on the first graph.
+
+    `rope_limit`: the longest input for which the rotary frequencies of the first graph hold.
 
     Raises CaptureError when the graphs do not have the same cores: the model takes another path at another length.
     """
@@ -78,7 +81,7 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue) -> MatchResult:
         if isinstance(group_[0][1], Absent):
             unclaimed.append(_where(nodes[0]))
             continue
-        attempt = _Attempt(graphs, nodes, patterns)
+        attempt = _Attempt(graphs, nodes, patterns, rope_limit)
         try:
             sites.append(attempt.run(len(sites)))
             fixed += [sites[-1].fqn] if attempt.one_length else []
@@ -138,8 +141,10 @@ def _where(node: fx.Node) -> str:
 class _Attempt:
     """One core, walked outwards. `done` are the slots that held."""
 
-    def __init__(self, graphs: Sequence[CapturedGraph], nodes: Sequence[fx.Node], patterns: Catalogue):
-        self.graphs, self.nodes, self.patterns = graphs, nodes, patterns
+    def __init__(
+        self, graphs: Sequence[CapturedGraph], nodes: Sequence[fx.Node], patterns: Catalogue, rope_limit: int | None
+    ):
+        self.graphs, self.nodes, self.patterns, self.rope_limit = graphs, nodes, patterns, rope_limit
         self.graph, self.node = graphs[0], nodes[0]
         self.done: list[str] = []
         self.view = self.graph
@@ -196,7 +201,7 @@ class _Attempt:
             scale=core["scale"] * q.scale * k.scale,
             mask=mask,
             call=boundary.marks(time_first=self.view.time_first),
-            rope=q.rope,
+            rope=None if q.rope is None else dataclasses.replace(q.rope, limit=self.rope_limit),
             q_norm=self._norm("q", q, heads["q"], rows["q"]),
             k_norm=self._norm("k", k, heads["k"], rows["k"]),
             v_norm=self._norm("v", v, heads["v"], rows["v"]),
@@ -380,7 +385,8 @@ class _Attempt:
         for node, graph in zip(self.nodes[1:], self.graphs[1:], strict=True):
             core = self._core(node, graph)
             other_q, other_k = self._path("q", core, graph), self._path("k", core, graph)
-            if not _close(other_q.rope, q.rope) or not _close(other_k.rope, k.rope):
+            holds = self.rope_limit is None or graph.length <= self.rope_limit
+            if holds and not (_close(other_q.rope, q.rope) and _close(other_k.rope, k.rope)):
                 raise _Stop("rope", "the rotary frequencies depend on the length", node)
             scales = (core["scale"], other_q.scale, other_k.scale, core.get("softcap"))
             if scales != (first["scale"], q.scale, k.scale, first.get("softcap")):

@@ -148,10 +148,6 @@ class CapturedGraph:
         inputs = node.all_input_nodes[:1] if node.target in FIRST_ONLY else node.all_input_nodes
         return [n for n in inputs if n in self._open]
 
-    def writers(self, node: fx.Node) -> list[fx.Node]:
-        """The operations that write into the memory of `node`, or of a view of it."""
-        return [m for m in self._mutators if m is not node and alias_root(m) is node]
-
     def order(self, node: fx.Node) -> int:
         return self._order[node]
 

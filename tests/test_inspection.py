@@ -129,10 +129,21 @@ def test_rope_scaling_is_read_off_the_graph() -> None:
     assert site.rope.inv_freq == pytest.approx(model.model.rotary_emb.inv_freq.tolist())
 
 
-def test_frequencies_that_depend_on_the_length_cannot_be_captured() -> None:
-    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-    with pytest.raises(CaptureError, match=r"modeling_rope_utils.py:\d+.*get_submodule"):
-        inspect(tiny("llama", rope_parameters=dynamic))
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_hold_up_to_a_length(kind: str) -> None:
+    parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    short, long = [1.0 + i / 10 for i in range(8)], [2.0 + i / 5 for i in range(8)]
+    if kind == "longrope":
+        parameters |= {"short_factor": short, "long_factor": long, "original_max_position_embeddings": 64}
+    model = tiny("llama", rope_parameters=parameters, max_position_embeddings=64 if kind == "dynamic" else 256)
+    before = [dict(vars(m)) for m in model.modules()]
+    report = inspect(model)
+    assert [vars(m) for m in model.modules()] == before
+    assert "hold up to 64 tokens" in report.notes[0]
+    divided = short if kind == "longrope" else [1.0] * 8
+    for site in report.sites:
+        assert site.proved and site.rope is not None and site.rope.limit == 64
+        assert site.rope.inv_freq == pytest.approx([10000 ** (-i / 8) / f for i, f in enumerate(divided)], rel=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
