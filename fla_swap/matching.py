@@ -32,8 +32,9 @@ from fla_swap.patterns.output import (
     head_places,
     output_facts,
 )
-from fla_swap.patterns.path import Path, walk_path
+from fla_swap.patterns.path import Path, paths_disagree, walk_path
 from fla_swap.patterns.projection import Linear
+from fla_swap.patterns.rope import same_rotation
 from fla_swap.types import AttentionSite, Mask, NearMiss, Norm, Projection
 
 MATCHED = ("core", "q", "k", "v", "output", "owner", "heads", "mask")
@@ -174,7 +175,9 @@ class _Attempt:
         core = self._core(self.node, self.graph)
         self.done.append("core")
         q, k, v = (self._path(side, core, self.graph) for side in "qkv")
-        self._check_paths(q, k, v)
+        disagree = paths_disagree(q, k, v)
+        if disagree is not None:
+            raise _Stop(*disagree, self.node)
         assert q.linear and k.linear and v.linear
         o, boundary = self._outwards(core["out"], (q.linear, k.linear, v.linear))
         hidden, memory = self._sizes(core, boundary)
@@ -207,7 +210,7 @@ class _Attempt:
             v_norm=self._norm("v", v, heads["v"], rows["v"]),
             clip=q.clip,
             temperature=q.temperature,
-            norm_after_rope=q.norm_after_rope,
+            norm_after_rope=q.norm_after_rope or k.norm_after_rope,
             softcap=core.get("softcap"),
             sinks=core.get("sinks"),
             alibi=alibi,
@@ -235,22 +238,6 @@ class _Attempt:
         if graph is self.graph:
             self.done.append(side)
         return path
-
-    def _check_paths(self, q: Path, k: Path, v: Path) -> None:
-        assert q.linear and k.linear and v.linear
-        if v.rope is not None or v.temperature is not None or v.scale != 1.0:
-            steps = [s for s in v.steps if s in ("rope", "temperature")] or ["a factor"]
-            raise _Stop("v", f"the values pass through {', '.join(steps)}, which a site cannot state", v.linear.out)
-        if k.temperature is not None:
-            raise _Stop("k", "the keys are scaled by an amount that depends on the position", k.linear.out)
-        if len({q.clip, k.clip, v.clip}) != 1:
-            reason = f"q, k and v are clamped differently (to ±{q.clip}, ±{k.clip} and ±{v.clip})"
-            raise _Stop("clip", reason, self.node)
-        if not _close(q.rope, k.rope):
-            raise _Stop("rope", "q and k are rotated differently", q.linear.out)
-        both = q.norm is not None and k.norm is not None
-        if both and q.norm_after_rope != k.norm_after_rope:
-            raise _Stop("norm", "one of q and k is normed before, the other after the rotation", q.linear.out)
 
     def _outwards(self, out: fx.Node, inputs: tuple[Linear, ...]) -> tuple[Output, Boundary]:
         """What stands after the core, and the owner around it all."""
@@ -386,19 +373,11 @@ class _Attempt:
             core = self._core(node, graph)
             other_q, other_k = self._path("q", core, graph), self._path("k", core, graph)
             holds = self.rope_limit is None or graph.length <= self.rope_limit
-            if holds and not (_close(other_q.rope, q.rope) and _close(other_k.rope, k.rope)):
+            if holds and not (same_rotation(other_q.rope, q.rope) and same_rotation(other_k.rope, k.rope)):
                 raise _Stop("rope", "the rotary frequencies depend on the length", node)
             scales = (core["scale"], other_q.scale, other_k.scale, core.get("softcap"))
             if scales != (first["scale"], q.scale, k.scale, first.get("softcap")):
                 raise _Stop("scale", "the scale of the scores depends on the length", node)
-
-
-def _close(a: Any, b: Any) -> bool:
-    if a is None or b is None:
-        return a is b
-    same = a.style == b.style and len(a.inv_freq) == len(b.inv_freq)
-    pairs = zip((*a.inv_freq, a.attention_scaling), (*b.inv_freq, b.attention_scaling), strict=True)
-    return same and all(abs(x - y) <= 1e-4 * abs(y) + 1e-7 for x, y in pairs)
 
 
 def _whole(linear: Linear) -> Projection:

@@ -11,6 +11,7 @@ from fla_swap.patterns.base import ABSENT, Found, Recogniser, Refused, Result
 from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, op_name
 from fla_swap.patterns.norm import NormFacts
 from fla_swap.patterns.projection import Linear
+from fla_swap.patterns.rope import same_rotation
 from fla_swap.patterns.scores import split_factor
 from fla_swap.types import Rope, Temperature
 
@@ -116,4 +117,20 @@ def _take(path: Path, found: Found, node: fx.Node) -> Refused | None:
         path.linear = facts["projection"]
     if found.next is not None:
         path.same[found.out or node] = found.next
+    return None
+
+
+def paths_disagree(q: Path, k: Path, v: Path) -> tuple[str, str] | None:
+    """(slot, reason) where the three paths together are more than a site states, or None."""
+    if v.rope is not None or v.temperature is not None or v.scale != 1.0:
+        steps = [s for s in v.steps if s in ("rope", "temperature")] or ["a factor"]
+        return "v", f"the values pass through {', '.join(steps)}, which a site cannot state"
+    if k.temperature is not None:
+        return "k", "the keys are scaled by an amount that depends on the position"
+    if len({q.clip, k.clip, v.clip}) != 1:
+        return "clip", f"q, k and v are clamped differently (to ±{q.clip}, ±{k.clip} and ±{v.clip})"
+    if not same_rotation(q.rope, k.rope):
+        return "rope", "q and k are rotated differently"
+    if q.norm is not None and k.norm is not None and q.norm_after_rope != k.norm_after_rope:
+        return "norm", "one of q and k is normed before, the other after the rotation"
     return None

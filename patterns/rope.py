@@ -172,3 +172,12 @@ def _from_turns(turn: Tensor, style: str, tolerance: float, tables: list[Tensor]
     if any(abs(f) > math.pi for f in freq.tolist()):
         raise NotRotation("a rotary frequency above π")
     return Rope(inv_freq=tuple(freq.tolist()), style=style, attention_scaling=scaling)
+
+
+def same_rotation(a: Rope | None, b: Rope | None) -> bool:
+    """Whether two rotations (or none) are the same within rounding."""
+    if a is None or b is None:
+        return a is b
+    same = a.style == b.style and len(a.inv_freq) == len(b.inv_freq)
+    pairs = zip((*a.inv_freq, a.attention_scaling), (*b.inv_freq, b.attention_scaling), strict=True)
+    return same and all(abs(x - y) <= 1e-4 * abs(y) + 1e-7 for x, y in pairs)
