@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fla_swap.capture import capture
 from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_entry, readings, record_cache, record_calls
+from fla_swap.crosscheck import check_config, unseen_layers
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
 from fla_swap.exportable import StandIns, exportable
 from fla_swap.lengths import rope_limit
@@ -31,7 +32,7 @@ from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.graph import CapturedGraph
 from fla_swap.structure import ProveOnce
 from fla_swap.types import AttentionReport, AttentionSite, NearMiss
-from fla_swap.verification import TOLERANCE, Call, Proof, check_config, prove, weights_of
+from fla_swap.verification import TOLERANCE, Call, Proof, prove, weights_of
 
 SHORT = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 LONGEST = 8192
@@ -72,15 +73,21 @@ def inspect(
         sites=tuple(sites),
         near_misses=tuple(sorted((*misses, *matched.near_misses), key=lambda m: -m.progress)),
         unclaimed=matched.unclaimed,
-        notes=tuple(notes),
+        notes=(*notes, *_unseen((*sites, *misses, *matched.near_misses), model)),
         seconds=time.perf_counter() - start,
     )
     if strict and not report.sites:
         raise NoAttentionFound(_nothing_found(report), report)
-    config = getattr(model, "config", None)
-    if config is not None:
-        check_config(report.sites, config)
+    check_config(report.sites, model)
     return report
+
+
+def _unseen(found: Iterable[AttentionSite | NearMiss], model: nn.Module) -> list[str]:
+    return [
+        f"{name}: it is built like modules whose attention was found, but none was seen in it: it was not called, or "
+        "nothing reads what it returns"
+        for name in unseen_layers([item.fqn for item in found], model)
+    ]
 
 
 def _nothing_found(report: AttentionReport) -> str:

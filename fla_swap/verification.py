@@ -92,9 +92,14 @@ def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
 
 
 def _random_stream(path: ArgPath, args: tuple, kwargs: dict, *, seed: int) -> tuple[Tensor, tuple, dict]:
-    """Random values in the place of the tensor at `path`, and wherever an equal one is passed."""
+    """Random values in the place of the tensor at `path`, and wherever an equal one is passed.
+
+    Some tokens are a hundredth and a thousandth of the others, so that the eps of a norm matters.
+    """
     before = get_argument(path, args, kwargs)
     after = torch.randn(before.shape, generator=torch.Generator().manual_seed(seed)).to(before.device)
+    sizes = torch.tensor((1.0, 1.0, 1e-2, 1.0, 1e-3), device=before.device)
+    after = after * sizes[torch.arange(after[..., 0].numel()) % 5].reshape(after.shape[:-1])[..., None]
     for place, value in leaves(args, kwargs):
         if isinstance(value, Tensor) and value.shape == before.shape and torch.equal(value, before):
             args, kwargs = set_argument(place, after, args, kwargs)
@@ -216,21 +221,6 @@ def _eager(
         return None
     finally:
         config._attn_implementation = running
-
-
-def check_config(sites: tuple[AttentionSite, ...], config: Any) -> None:
-    """Hold the sites against the model's config, where it has one. Raises VerificationError on a disagreement."""
-    counts = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
-    for own, name in counts.items():
-        stated, found = getattr(config, name, None), {getattr(s, own) for s in sites}
-        if sites and isinstance(stated, int) and stated > 0 and stated not in found:
-            raise VerificationError(
-                f"{sites[0].fqn}: the graph has {own} = {sorted(found)}, the model's config says {name} = {stated}"
-            )
-    windows = {s.mask.window for s in sites if s.mask.kind == "window"}
-    stated = getattr(config, "sliding_window", None)
-    if windows and isinstance(stated, int) and not windows & {stated, stated + 1, stated - 1}:
-        raise VerificationError(f"the graph has windows {sorted(map(str, windows))}, the config says {stated}")
 
 
 def weights_of(model: nn.Module) -> Mapping[str, Tensor]:

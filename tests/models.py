@@ -33,6 +33,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
     "olmo2": ("Olmo2Config", SMALL),
     "cohere": ("CohereConfig", SMALL),
+    "olmo": ("OlmoConfig", {**SMALL, "clip_qkv": 0.5}),
+    "gptj": ("GPTJConfig", {**GPT2, "rotary_dim": 8, "bos_token_id": 1, "eos_token_id": 2}),
+    "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**SMALL, "head_dim": 16, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
 }
 
 

@@ -20,6 +20,7 @@ STAGES = (
     "exportable",
     "structure",
     "verification",
+    "crosscheck",
     "planning",
     "swapping",
     "rewriting",
