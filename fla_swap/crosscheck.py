@@ -109,9 +109,9 @@ def _nearest_config(model: nn.Module, path: str) -> Any:
 def _flat(config: Any, layer: int | None) -> dict[str, Any]:
     """The fields of a config, with those of an attention config inside it, and of this layer where layers differ."""
     fields = dict(vars(config))
-    own = _entry(getattr(config, "per_layer_config", None), layer)
-    if own is not None:
-        fields |= {n: v for n, v in vars(own).items() if not n.startswith("_")}
+    differing = getattr(config, "per_layer_config", None)
+    if differing is not None and layer is not None and layer < config.num_hidden_layers:
+        fields |= {n: v for n, v in vars(differing[layer]).items() if not n.startswith("_")}
     for name in getattr(config, "attribute_map", {}):
         fields.setdefault(name, getattr(config, name, None))
     inner = fields.get("attn_config")

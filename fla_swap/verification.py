@@ -94,11 +94,11 @@ def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
 def _random_stream(path: ArgPath, args: tuple, kwargs: dict, *, seed: int) -> tuple[Tensor, tuple, dict]:
     """Random values in the place of the tensor at `path`, and wherever an equal one is passed.
 
-    Some tokens are a hundredth and a thousandth of the others, so that the eps of a norm matters.
+    Some tokens are small, so that the eps of a norm matters, and some large, so that a softcap does.
     """
     before = get_argument(path, args, kwargs)
     after = torch.randn(before.shape, generator=torch.Generator().manual_seed(seed)).to(before.device)
-    sizes = torch.tensor((1.0, 1.0, 1e-2, 1.0, 1e-3), device=before.device)
+    sizes = torch.tensor((1.0, 3.0, 1e-2, 1.0, 1e-3), device=before.device)
     after = after * sizes[torch.arange(after[..., 0].numel()) % 5].reshape(after.shape[:-1])[..., None]
     for place, value in leaves(args, kwargs):
         if isinstance(value, Tensor) and value.shape == before.shape and torch.equal(value, before):
