@@ -2,64 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from types import SimpleNamespace
-
 import pytest
 import torch
+from attentions import FUSED, WINDOW, WINDOWED, build, difference, hand, tokens
 from torch import nn
-from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma2Config,
-    GptOssConfig,
-    Llama4TextConfig,
-    LlamaConfig,
-    MistralConfig,
-)
 
 import fla_swap as fs
-
-WINDOW = 6
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-FAMILIES = {
-    "gemma2": lambda: Gemma2Config(**SMALL, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8),
-    "gpt_oss": lambda: GptOssConfig(
-        **SMALL, head_dim=8, sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=1
-    ),
-    "mistral": lambda: MistralConfig(**SMALL, sliding_window=WINDOW),
-    "llama": lambda: LlamaConfig(**SMALL),
-    "bloom": lambda: BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
-    "llama4": lambda: Llama4TextConfig(
-        **(SMALL | {"num_hidden_layers": 4}),
-        head_dim=8,
-        intermediate_size_mlp=48,
-        attention_chunk_size=8,
-        num_local_experts=2,
-        moe_layers=[],
-    ),
-}
-WINDOWED, FUSED = "fla_swap::window_attention_fwd", "scaled_dot_product_attention"
-
-
-def build(family: str, implementation: str = "eager") -> nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=implementation).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
-    return model
-
-
-def tokens(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
 def export(model: nn.Module, *, dynamic: bool = False, **inputs: torch.Tensor) -> torch.export.ExportedProgram:
@@ -80,10 +28,6 @@ def square_tensors(program: torch.export.ExportedProgram) -> list[str]:
         if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[-2] == value.shape[-1] == length:
             found.append(node.name)
     return found
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).detach().abs().max() / a.detach().abs().max())
 
 
 @pytest.mark.parametrize(
@@ -145,35 +89,6 @@ def test_a_graph_without_attention_passes_through_and_says_so():
     result = fs.rewrite(program)
     assert result.program is program and not result.records and not result.skipped
     assert result.note == "no attention was found: the program is unchanged"
-
-
-class Hand(nn.Module):
-    """Attention that nobody registered anywhere, with a stored triangular mask (as in minimal GPTs)."""
-
-    def __init__(self, *, dropout: float = 0.0, weights: bool = False, bias: float = 0.0, cap: bool = False):
-        super().__init__()
-        self.qkv, self.out, self.drop = nn.Linear(16, 48), nn.Linear(16, 16), nn.Dropout(dropout)
-        self.given = SimpleNamespace(weights=weights, bias=bias, cap=cap)
-        self.register_buffer("seen", torch.ones(32, 32).tril().view(1, 1, 32, 32))
-
-    def forward(self, x):
-        batch, length, width = x.shape
-        q, k, v = (y.view(batch, length, 4, -1).transpose(1, 2) for y in self.qkv(x).split(width, 2))
-        scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1])
-        if self.given.bias:
-            place = torch.arange(length, device=x.device)
-            scores = scores + self.given.bias * (place[None] - place[:, None]) ** 2
-        if self.given.cap:
-            scores = torch.tanh(scores)
-        scores = scores.masked_fill(self.seen[:, :, :length, :length] == 0, float("-inf"))
-        probabilities = self.drop(F.softmax(scores, -1))
-        mixed = self.out((probabilities @ v).transpose(1, 2).reshape(batch, length, width))
-        return (mixed, probabilities) if self.given.weights else mixed
-
-
-def hand(**options) -> tuple[nn.Module, torch.Tensor]:
-    torch.manual_seed(0)
-    return Hand(**options).eval(), torch.randn(2, 19, 16)
 
 
 def test_hand_written_attention_with_a_stored_mask_is_rewritten():

@@ -82,18 +82,17 @@ def build(name: str, way: str, device: str, quick: bool, dtype: torch.dtype = to
     """The model with random weights; those of q and k are wide, so that the attention is not flat."""
     from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig
 
+    small: dict[str, Any] = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    small |= dict(head_dim=16, sliding_window=16)
+    sizes: dict[str, Any]
     if name == "gemma2":
-        sizes = {"hidden_size": 3584, "intermediate_size": 14336, "num_attention_heads": 16, "num_key_value_heads": 8}
-        sizes |= {"head_dim": 256, "sliding_window": 4096}
-        small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-        small |= {"head_dim": 16, "sliding_window": 16}
-        config: Any = Gemma2Config(**(small if quick else sizes), num_hidden_layers=2, vocab_size=4096)
+        sizes = dict(hidden_size=3584, intermediate_size=14336, num_attention_heads=16, num_key_value_heads=8)
+        sizes |= dict(head_dim=256, sliding_window=4096)
+        config: Any = Gemma2Config(**_shape(small if quick else sizes))
     else:
-        sizes = {"hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
-        small = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-        shared = {"num_hidden_layers": 2, "vocab_size": 4096, "num_local_experts": 2, "num_experts_per_tok": 1}
-        window = 16 if quick else 128
-        config = GptOssConfig(**(small if quick else sizes), **shared, intermediate_size=64, sliding_window=window)
+        sizes = dict(hidden_size=2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64, sliding_window=128)
+        sizes |= dict(num_local_experts=2, num_experts_per_tok=1, intermediate_size=64)
+        config = GptOssConfig(**_shape(sizes | small if quick else sizes))
     implementation = "flex_attention" if way == "flex" else "eager"
     torch.manual_seed(0)
     with torch.device(device):
@@ -105,6 +104,10 @@ def build(name: str, way: str, device: str, quick: bool, dtype: torch.dtype = to
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
                 nn.init.normal_(projection.weight, std=1.5 / config.hidden_size**0.5)
     return model.to(device=device, dtype=dtype)
+
+
+def _shape(sizes: dict[str, Any]) -> dict[str, Any]:
+    return {**sizes, "num_hidden_layers": 2, "vocab_size": 4096}
 
 
 def compiled(model: nn.Module, way: str) -> Any:
@@ -295,7 +298,9 @@ def run(settings: Settings, console: Console, report: Callable[[list[Row]], None
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(settings.workers) as pool:
         lock = Path(folder) / "lock"
         parts = [(model, way) for way in settings.ways for model in settings.models]
-        for (model, way), found in zip(parts, pool.map(lambda p: in_process(*p, settings, lock), parts), strict=True):
+        for (model, way), found in zip(
+            parts, pool.map(lambda p: in_process(p[0], p[1], settings, lock), parts), strict=True
+        ):
             console.print(f"{model} {way}: {len(found)} rows")
             rows += found
             report(rows)

@@ -11,7 +11,7 @@ from fla_swap.rewriting.backend import fla_swap_backend, last_rewrites
 from fla_swap.rewriting.program import rewrite
 from fla_swap.rewriting.records import Rewrite, RewriteRecord, SkippedCore
 
-__all__ = ["Rewrite", "RewriteRecord", "SkippedCore", "last_rewrites", "rewrite"]
+__all__ = ["Rewrite", "RewriteRecord", "SkippedCore", "fla_swap_backend", "last_rewrites", "rewrite"]
 
 if "fla_swap" not in list_backends(exclude_tags=()):
     register_backend(fla_swap_backend, name="fla_swap")

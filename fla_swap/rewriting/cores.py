@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fla_swap.errors import NoValue
 from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.graph import CAST, DROPOUT, CapturedGraph, _ops, argument, op_name, shape
@@ -77,7 +78,7 @@ class Core:
             return read_mask(self.terms, self.causal, self.lead, self.length, evaluator)
         except (MaskUnknown, RowsRefused) as refused:
             raise CoreRefused(str(refused), self.anchor) from refused
-        except ValueError as error:
+        except (ValueError, NoValue) as error:
             raise CoreRefused(f"the mask is no constant of the graph: {error}", self.anchor) from error
 
 
@@ -92,7 +93,7 @@ def _match(node: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> Any:
     for recogniser in patterns.cores:
         try:
             result = recogniser.match(node, graph)
-        except ValueError as error:
+        except (ValueError, NoValue) as error:
             return Refused(f"a number in it is no constant of the graph: {error}", node)
         if not isinstance(result, Absent):
             return result

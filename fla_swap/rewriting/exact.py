@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fla_swap.errors import NoValue
 from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.graph import DROPOUT, LAYOUT, alias_root, argument, modules_of, shape, source_of
 from fla_swap.patterns.rows import RowEvaluator
@@ -136,7 +137,7 @@ class _Search:
         like = {"device": torch.device("cpu"), "lead": core.lead, "dtype": torch.float32, "out_dtype": torch.float32}
         try:
             error = prove(core, self.twin.graph, lambda q, k, v, sinks: write(eagerly, spec, q, k, v, sinks, like))
-        except (RuntimeError, ValueError, TypeError) as failed:
+        except (RuntimeError, ValueError, TypeError, NoValue) as failed:
             raise CoreRefused(f"the core could not be run on its own: {failed}", core.anchor) from failed
         if not error <= TOLERANCE:
             raise CoreRefused(f"{spec.name} differs from the graph by {error:.1e} (relative, fp32)", core.anchor)

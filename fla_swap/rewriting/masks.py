@@ -19,7 +19,7 @@ from fla_swap.patterns.rows import RowEvaluator
 from fla_swap.types import Mask
 
 _HIDDEN = -1e4
-_BLOCK = 2**23
+_BLOCK = 2**20
 
 
 class MaskUnknown(Exception):
