@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fla_swap.errors import CaptureError
 from fla_swap.exporting import Exported, exports
 from fla_swap.model_inputs import BATCH, Inputs, closed_input
+from fla_swap.patterns.contractions import expand_contractions
 from fla_swap.patterns.graph import CapturedGraph, _ops
 
 NUMBER = _ops("item", "_local_scalar_dense", "nonzero", "is_nonzero")
@@ -64,6 +65,7 @@ def _graph(found: Exported, inputs: Inputs, length: int, limit: int) -> Captured
     inline_regions(module)
     signature = exported.graph_signature
     weights: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    expand_contractions(module, weights)
     values: dict[str, Any] = {}
     stored = {**exported.state_dict, **exported.constants}
     for placeholder, name in {**weights, **signature.inputs_to_lifted_tensor_constants}.items():

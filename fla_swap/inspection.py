@@ -18,7 +18,7 @@ from fla_swap.crosscheck import check_config, unseen_layers
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
 from fla_swap.exportable import StandIns, exportable
 from fla_swap.lengths import rope_limit
-from fla_swap.matching import MATCHED, MatchResult, mask_lengths, match
+from fla_swap.matching import MATCHED, MatchResult, match
 from fla_swap.model_inputs import (
     Example,
     Inputs,
@@ -29,6 +29,7 @@ from fla_swap.model_inputs import (
 )
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
+from fla_swap.patterns.cores import mask_lengths
 from fla_swap.patterns.graph import CapturedGraph
 from fla_swap.structure import ProveOnce
 from fla_swap.types import AttentionReport, AttentionSite, NearMiss

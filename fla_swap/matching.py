@@ -15,23 +15,17 @@ import torch
 from torch import Tensor, fx
 
 from fla_swap.errors import CaptureError, NoValue
-from fla_swap.patterns.base import Absent, Found, Refused
+from fla_swap.patterns.base import Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
-from fla_swap.patterns.graph import CapturedGraph, modules_of, op_name, shape, source_of
-from fla_swap.patterns.heads import Heads, HeadsRefused, group, trace_heads
+from fla_swap.patterns.cores import core_nodes, groups, sized, token_counts
+from fla_swap.patterns.graph import CapturedGraph, NotLayout, modules_of, op_name, shape, source_of
+from fla_swap.patterns.heads import HeadsRefused, number_outputs, read_heads, read_operand, read_order, share
+from fla_swap.patterns.joining import Joined
 from fla_swap.patterns.latent import describe_latent
 from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify, evaluate_mask, length_hints
 from fla_swap.patterns.norm import NormRefused, state_norm
-from fla_swap.patterns.output import (
-    Boundary,
-    Output,
-    OutwardsRefused,
-    Places,
-    check_order,
-    find_outwards,
-    head_places,
-    output_facts,
-)
+from fla_swap.patterns.output import Boundary, Output, OutwardsRefused, Places, check_order, find_outwards, output_facts
+from fla_swap.patterns.parts import Part, agree
 from fla_swap.patterns.path import Path, paths_disagree, walk_path
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.rope import same_rotation
@@ -70,83 +64,41 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue, *, rope_limit: i
 
     Raises CaptureError when the graphs do not have the same cores: the model takes another path at another length.
     """
-    cores = [_core_nodes(g, patterns) for g in graphs]
+    cores = [core_nodes(g, patterns) for g in graphs]
     if len({tuple(op_name(n) for n, _ in c) for c in cores}) != 1:
         raise CaptureError(f"at lengths {[g.length for g in graphs]} the model runs different attention code")
     sites: list[AttentionSite] = []
     misses: list[NearMiss] = []
     unclaimed: list[str] = []
     fixed: list[str] = []
-    for group_ in zip(*cores, strict=True):
-        nodes = [n for n, _ in group_]
-        if isinstance(group_[0][1], Absent):
-            unclaimed.append(_where(nodes[0]))
-            continue
-        attempt = _Attempt(graphs, nodes, patterns, rope_limit)
+    for members in groups([g for g in zip(*cores, strict=True)], graphs[0], unclaimed):
+        attempt = _Attempt(graphs, members, patterns, rope_limit)
         try:
             sites.append(attempt.run(len(sites)))
             fixed += [sites[-1].fqn] if attempt.one_length else []
         except _Stop as stop:
             misses.append(attempt.near_miss(attempt.explained(stop)))
         except NoValue as unknown:
-            misses.append(attempt.near_miss(_Stop("values", str(unknown), nodes[0])))
-    found = [
-        [_sized(g, r.facts) for (_, r), g in zip(group_, graphs, strict=True)]
-        for group_ in zip(*cores, strict=True)
-        if isinstance(group_[0][1], Found)
-    ]
-    varied = any(len({(v.length, v.keys) for v in views}) > 1 for views in found)
+            misses.append(attempt.near_miss(_Stop("values", str(unknown), members[0][0])))
+    varied = any(len({(v.length, v.keys) for v in views}) > 1 for views in token_counts(cores, graphs))
     misses.sort(key=lambda m: -m.progress)
     return MatchResult(
         sites=tuple(sites), near_misses=tuple(misses), unclaimed=tuple(unclaimed), fixed=tuple(fixed), varied=varied
     )
 
 
-def mask_lengths(graph: CapturedGraph, patterns: Catalogue) -> set[int]:
-    """Integer constants of the masks: windows and chunks are among them, so a second capture must be longer."""
-    hints: set[int] = set()
-    for _, result in _core_nodes(graph, patterns):
-        if isinstance(result, Found):
-            hints |= length_hints(result.facts["mask"], _sized(graph, result.facts))
-    return hints
-
-
-def _core_nodes(graph: CapturedGraph, patterns: Catalogue) -> list[tuple[fx.Node, Any]]:
-    """Every fused attention or softmax over open values, with what the core recognisers say."""
-    if "cores" in graph.known:
-        return graph.known["cores"]
-    found = []
-    for node in graph.nodes:
-        if node.op != "call_function" or not graph.is_open(node):
-            continue
-        results = [r.match(node, graph) for r in patterns.cores]
-        result = next((r for r in results if not isinstance(r, Absent)), results[0])
-        if not isinstance(result, Absent) or "softmax" in op_name(node):
-            found.append((node, result))
-    graph.known["cores"] = found
-    return found
-
-
-def _sized(graph: CapturedGraph, core: Mapping[str, Any]) -> CapturedGraph:
-    """The graph with the core's own query and key counts."""
-    q, k = shape(core["q"]), shape(core["k"])
-    assert q is not None and k is not None
-    return graph.sized(length=q[-2], keys=k[-1 if core["k_transposed"] else -2])
-
-
-def _where(node: fx.Node) -> str:
-    modules = modules_of(node)
-    return f"{modules[-1] if modules else ''} {op_name(node)} {source_of(node)}".strip()
-
-
 class _Attempt:
-    """One core, walked outwards. `done` are the slots that held."""
+    """The cores of one attention (mostly one), walked outwards. `done` are the slots that held."""
 
     def __init__(
-        self, graphs: Sequence[CapturedGraph], nodes: Sequence[fx.Node], patterns: Catalogue, rope_limit: int | None
+        self,
+        graphs: Sequence[CapturedGraph],
+        members: Sequence[Sequence[fx.Node]],
+        patterns: Catalogue,
+        rope_limit: int | None,
     ):
-        self.graphs, self.nodes, self.patterns, self.rope_limit = graphs, nodes, patterns, rope_limit
-        self.graph, self.node = graphs[0], nodes[0]
+        self.graphs, self.members, self.patterns, self.rope_limit = graphs, members, patterns, rope_limit
+        self.graph, self.node = graphs[0], members[0][0]
         self.done: list[str] = []
         self.view = self.graph
         self.one_length = False
@@ -172,49 +124,46 @@ class _Attempt:
         return stop if latent is None else _Stop("projection", latent, stop.node)
 
     def run(self, layer: int) -> AttentionSite:
-        core = self._core(self.node, self.graph)
-        self.done.append("core")
-        q, k, v = (self._path(side, core, self.graph) for side in "qkv")
-        disagree = paths_disagree(q, k, v)
-        if disagree is not None:
-            raise _Stop(*disagree, self.node)
-        assert q.linear and k.linear and v.linear
-        o, boundary = self._outwards(core["out"], (q.linear, k.linear, v.linear))
-        hidden, memory = self._sizes(core, boundary)
-        heads, rows = self._heads(core, q, k, v, boundary)
-        count = len(rows["q"])
-        places = head_places(core["out"], heads["q"].batch_of, count, self.view)
-        after = self._after(o, places, boundary, count)
-        mask, alibi = self._mask(count)
-        self._same_at_every_length(q, k)
+        parts = self._parts()
+        first = parts[0]
+        linears = [linear for p in parts for x in (p.q, p.k, p.v) if (linear := x.linear) is not None]
+        o, boundary = self._outwards([p.core["out"] for p in parts], linears)
+        hidden, memory = self._sizes(first.core, boundary)
+        parts = [self._heads(p, boundary) for p in parts]
+        first = parts[0]
+        order, after = self._after(parts, o, boundary)
+        q, k = first.q, first.k
+        projections, rows = self._projections(parts, order)
+        mask, alibi = self._masks(parts, order)
+        self._same_at_every_length(parts)
         if memory is not None:
             self._check_cross(mask, q)
         return AttentionSite(
             fqn=boundary.owner,
             layer=layer,
-            q=q.linear.projection(rows["q"].flatten()),
-            k=k.linear.projection(rows["k"].flatten()),
-            v=v.linear.projection(rows["v"].flatten()),
+            q=projections["q"],
+            k=projections["k"],
+            v=projections["v"],
             o=None if o.linear is None else _whole(o.linear),
             hidden_size=hidden,
-            heads=count,
+            heads=len(rows["q"]),
             kv_heads=len(rows["k"]),
             head_dim=rows["q"].shape[1],
             v_head_dim=rows["v"].shape[1],
-            scale=core["scale"] * q.scale * k.scale,
+            scale=first.core["scale"] * q.scale * k.scale,
             mask=mask,
             call=boundary.marks(time_first=self.view.time_first),
             rope=None if q.rope is None else dataclasses.replace(q.rope, limit=self.rope_limit),
-            q_norm=self._norm("q", q, heads["q"], rows["q"]),
-            k_norm=self._norm("k", k, heads["k"], rows["k"]),
-            v_norm=self._norm("v", v, heads["v"], rows["v"]),
+            q_norm=self._norm("q", parts, rows),
+            k_norm=self._norm("k", parts, rows),
+            v_norm=self._norm("v", parts, rows),
             clip=q.clip,
             temperature=q.temperature,
             norm_after_rope=q.norm_after_rope or k.norm_after_rope,
-            softcap=core.get("softcap"),
-            sinks=core.get("sinks"),
+            softcap=first.core.get("softcap"),
+            sinks=first.core.get("sinks"),
             alibi=alibi,
-            dropout=core["dropout"],
+            dropout=first.core["dropout"],
             **after,
             anchor=self.node.name,
             kind="self" if memory is None else "cross",
@@ -222,28 +171,44 @@ class _Attempt:
             source=source_of(self.node),
         )
 
+    def _parts(self) -> list[Part]:
+        parts = []
+        for nodes in self.members:
+            core = self._core(nodes[0], self.graph)
+            if not parts:
+                self.done.append("core")
+            q, k, v = (self._path(side, core, self.graph) for side in "qkv")
+            disagree = paths_disagree(q, k, v)
+            if disagree is not None:
+                raise _Stop(*disagree, nodes[0])
+            parts.append(Part(nodes=tuple(nodes), core=core, q=q, k=k, v=v))
+        for part in parts[1:]:
+            if not agree(parts[0], part):
+                raise _Stop("core", "the heads differ in more than their projections", part.nodes[0])
+        return parts
+
     def _core(self, node: fx.Node, graph: CapturedGraph) -> dict[str, Any]:
-        results = dict(_core_nodes(graph, self.patterns))
+        results = dict(core_nodes(graph, self.patterns))
         result = results[node]
         if isinstance(result, Refused):
             raise _Stop("scores", result.reason, result.node)
         return dict(result.facts)
 
     def _path(self, side: str, core: dict[str, Any], graph: CapturedGraph) -> Path:
-        view = _sized(graph, core)
+        view = sized(graph, core)
         view = view if side == "q" else view.sized(length=view.key_length)
         path = walk_path(core[side], self.patterns.path, view)
         if isinstance(path, Refused):
             raise _Stop(path.slot or side, path.reason, path.node)
-        if graph is self.graph:
+        if graph is self.graph and side not in self.done:
             self.done.append(side)
         return path
 
-    def _outwards(self, out: fx.Node, inputs: tuple[Linear, ...]) -> tuple[Output, Boundary]:
-        """What stands after the core, and the owner around it all."""
-        cores = [n for n, r in _core_nodes(self.graph, self.patterns) if isinstance(r, Found)]
+    def _outwards(self, outs: Sequence[fx.Node], inputs: Sequence[Linear]) -> tuple[Output, Boundary]:
+        """What stands after the cores, and the owner around it all."""
+        cores = [n for n, r in core_nodes(self.graph, self.patterns) if isinstance(r, Found)]
         try:
-            found = find_outwards([out], inputs, [self.node], cores, self.graph)
+            found = find_outwards(outs, inputs, [m[0] for m in self.members], cores, self.graph)
         except OutwardsRefused as refused:
             self.done += ["output"] if refused.slot == "owner" else []
             raise _Stop(refused.slot, str(refused), refused.node) from refused
@@ -252,7 +217,7 @@ class _Attempt:
 
     def _sizes(self, core: dict[str, Any], boundary: Boundary) -> tuple[int, int | None]:
         """Widths of the hidden states and of the memory; sets `view`, the graph with the site's own token counts."""
-        view, hidden = _sized(self.graph, core), shape(boundary.hidden)
+        view, hidden = sized(self.graph, core), shape(boundary.hidden)
         if hidden is None or len(hidden) != 3 or view.length not in hidden[:2]:
             reason = f"the owner reads hidden states {hidden} for {view.length} queries, expected [batch, time, hidden]"
             raise _Stop("owner", reason, boundary.hidden)
@@ -277,69 +242,106 @@ class _Attempt:
         if q.rope is not None:
             raise _Stop("rope", "a cross-attention whose queries and keys are rotated", self.node)
 
-    def _heads(
-        self, core: dict[str, Any], q: Path, k: Path, v: Path, boundary: Boundary
-    ) -> tuple[dict[str, Heads], dict[str, Tensor]]:
-        heads: dict[str, Heads] = {}
-        for side, path in (("q", q), ("k", k), ("v", v)):
+    def _heads(self, part: Part, boundary: Boundary) -> Part:
+        """The part with the tables of its heads; q and k change places where the right operand holds the queries."""
+        core, operands = part.core, {}
+        for side, path in (("q", part.q), ("k", part.k), ("v", part.v)):
             assert path.linear is not None
-            flipped = side == "k" and core["k_transposed"]
             entry, view = boundary.hidden, self.view
             if side != "q":
                 entry = boundary.memory or boundary.hidden
                 view = view.sized(length=view.key_length, batch=view.batch, time_first=view.time_first)
+            flipped = core["k_transposed"] if side == "k" else side == "v" and core.get("v_first", False)
             try:
-                heads[side] = trace_heads(
-                    path.linear,
-                    entry,
-                    core[side],
-                    path.same,
-                    view,
-                    transposed=flipped,
-                    also=None if path.norm is None else path.norm.x,
+                also = None if path.norm is None else path.norm.x
+                operands[side] = read_operand(
+                    path.linear, entry, core[side], path.same, view, transposed=flipped, also=also
                 )
             except HeadsRefused as refused:
                 raise _Stop(side, str(refused), path.linear.out) from refused
-        count = len(heads["q"].rows)
-        rows = {"q": heads["q"].rows}
-        repeats = {}
-        for side in "kv":
-            try:
-                rows[side], repeats[side] = group(heads[side].rows, count)
-            except HeadsRefused as refused:
-                raise _Stop(side, str(refused), self.node) from refused
-        if repeats["k"] != repeats["v"]:
-            raise _Stop("v", f"keys are shared by {repeats['k']} query heads, values by {repeats['v']}", self.node)
-        self.done.append("heads")
-        return heads, rows
+        try:
+            tables = read_heads(core, operands["q"], operands["k"], operands["v"], self.graph)
+        except HeadsRefused as refused:
+            raise _Stop(refused.side or "heads", str(refused), part.nodes[0]) from refused
+        rows_at = {side: operand.rows_at for side, operand in operands.items()}
+        if tables.swapped:
+            part = dataclasses.replace(part, q=part.k, k=part.q)
+            rows_at["q"], rows_at["k"] = rows_at["k"], rows_at["q"]
+        if part.k.temperature is not None:
+            raise _Stop("k", "the keys are scaled by an amount that depends on the position", part.nodes[0])
+        if tables.swapped and boundary.memory is not None:
+            raise _Stop("heads", "the queries of a cross-attention are made of the memory", part.nodes[0])
+        return dataclasses.replace(part, heads=tables, rows_at=rows_at)
 
-    def _after(self, o: Output, places: Places, boundary: Boundary, heads: int) -> dict[str, Any]:
+    def _after(self, parts: Sequence[Part], o: Output, boundary: Boundary) -> tuple[Tensor, dict[str, Any]]:
+        """The heads, numbered one part after the other, in the order of the output projection; what follows them."""
+        outs = [(p.core["out"], p.tables) for p in parts]
+        total, width = sum(len(p.tables.q) for p in parts), parts[0].tables.v.shape[-1]
+        places = Places(known=number_outputs(outs), width=total * width)
+        try:
+            order = read_order(places.at(o.x, o.same, self.view)[1], total)
+        except (HeadsRefused, NotLayout) as refused:
+            raise _Stop("output", str(refused), o.out) from refused
+        places = Places(known=number_outputs(outs, order), width=total * width)
         reason = check_order(o, places, boundary.end, self.view)
         if reason is not None:
             raise _Stop("output", reason, o.out)
-        facts = output_facts(o, places, boundary.hidden, heads, self.view)
+        facts = output_facts(o, places, boundary.hidden, total, self.view)
         if isinstance(facts, Refused):
             raise _Stop("output", facts.reason, facts.node)
-        return facts
+        return order, facts
 
-    def _tables(self) -> list[MaskTable]:
+    def _projections(self, parts: Sequence[Part], order: Tensor) -> tuple[dict[str, Projection], dict[str, Tensor]]:
+        """q, k and v, and the rows [heads, width] of each head, in the order of the output projection."""
+        joined, rows = {}, {}
+        for side in "qkv":
+            linears = [getattr(p, side).linear for p in parts]
+            joined[side] = Joined(linears)
+            tables = [getattr(p.heads, side) + joined[side].offset(x) for p, x in zip(parts, linears, strict=True)]
+            rows[side] = torch.cat(tables)[order]
+        try:
+            rows["k"], rows["v"] = share(rows["k"], rows["v"])
+        except HeadsRefused as refused:
+            raise _Stop(refused.side or "k", str(refused), self.node) from refused
+        found = {side: joined[side].projection(rows[side].flatten()) for side in "qkv"}
+        for side, projection in found.items():
+            if isinstance(projection, str):
+                raise _Stop(side, projection, self.node)
+        self.done.append("heads")
+        return {s: p for s, p in found.items() if isinstance(p, Projection)}, rows
+
+    def _masks(self, parts: Sequence[Part], order: Tensor) -> tuple[Mask, tuple[float, ...] | None]:
+        """The mask and the ALiBi slopes of all heads."""
+        found = [self._mask(p) for p in parts]
+        mask, slopes = found[0][0], [a for _, a in found]
+        if any(other != mask for other, _ in found):
+            raise _Stop("mask", "the heads have different masks", self.node)
+        fixed = any(a is not None for a in slopes) or parts[0].core.get("sinks") is not None
+        if fixed and len(order) > 1 and not bool((order.diff() == 1).all()):
+            raise _Stop("output", "the heads enter the output projection in another order than the queries", self.node)
+        self.done.append("mask")
+        if all(a is None for a in slopes):
+            return mask, None
+        return mask, tuple(x for p, a in zip(parts, slopes, strict=True) for x in a or (0.0,) * len(p.tables.q))
+
+    def _mask_tables(self, part: Part) -> list[MaskTable]:
         """What the mask is at each length."""
         tables = []
-        for node, graph in zip(self.nodes, self.graphs, strict=True):
-            core = self._core(node, graph)
-            view = _sized(graph, core)
+        for node, graph in zip(part.nodes, self.graphs, strict=True):
+            core, axes = self._core(node, graph), part.tables.axes
+            view = sized(graph, core)
             view = view.sized(length=view.length, keys=view.key_length, batch=self.view.batch)
-            key = ("mask", view.batch, view.length, view.keys, core["causal"], *core["mask"])
+            key = ("mask", view.batch, view.length, view.keys, core["causal"], axes, *core["mask"])
             if key not in graph.known:
-                graph.known[key] = evaluate_mask(core["mask"], core["causal"], view)
+                graph.known[key] = evaluate_mask(core["mask"], core["causal"], view, axes)
             tables.append(graph.known[key])
         return tables
 
-    def _mask(self, heads: int) -> tuple[Mask, tuple[float, ...] | None]:
+    def _mask(self, part: Part) -> tuple[Mask, tuple[float, ...] | None]:
         try:
-            tables = self._tables()
+            tables = self._mask_tables(part)
             mask = classify(tables)
-            alibi = alibi_slopes(tables[0], heads)
+            alibi = alibi_slopes(tables[0], len(part.tables.q))
         except MaskRefused as refused:
             raise _Stop("mask", str(refused), self.node) from refused
         self.one_length = len({t.seen.shape for t in tables}) == 1
@@ -350,34 +352,43 @@ class _Attempt:
             )
             raise _Stop("mask", reason, self.node)
         longest = max(t.seen.shape[1] for t in tables)
-        hints = length_hints(self._core(self.nodes[0], self.graph)["mask"], self.view)
+        hints = length_hints(part.core["mask"], self.view)
         if mask.kind == "causal" and any(longest <= h < self.graphs[-1].limit for h in hints):
             reason = f"the mask uses a constant {max(hints)}, beyond the longest length that was evaluated ({longest})"
             raise _Stop("mask", reason, self.node)
-        self.done.append("mask")
         return mask, alibi
 
-    def _norm(self, side: str, path: Path, heads: Heads, rows: Tensor) -> Norm | None:
-        if path.norm is None:
-            return None
-        assert path.linear is not None and heads.rows_at is not None
-        try:
-            return state_norm(path.norm, heads.rows_at, rows)
-        except NormRefused as refused:
-            raise _Stop("norm", f"the norm of {side} {refused}", path.linear.out) from refused
+    def _norm(self, side: str, parts: Sequence[Part], rows: Mapping[str, Tensor]) -> Norm | None:
+        """The norm of q, k or v; heads with projections of their own must share it."""
+        found = []
+        for part in parts:
+            path: Path = getattr(part, side)
+            if path.norm is None:
+                return None
+            rows_at = part.rows_at[side]
+            assert path.linear is not None and rows_at is not None
+            own = rows[side] if len(parts) == 1 else getattr(part.tables, side)
+            try:
+                found.append(state_norm(path.norm, rows_at, own))
+            except NormRefused as refused:
+                raise _Stop("norm", f"the norm of {side} {refused}", path.linear.out) from refused
+        if any(norm != found[0] or norm.per_head for norm in found[1:]):
+            raise _Stop("norm", f"the heads have different norms of {side}", self.node)
+        return found[0]
 
-    def _same_at_every_length(self, q: Path, k: Path) -> None:
+    def _same_at_every_length(self, parts: Sequence[Part]) -> None:
         """Frequencies and scales that depend on the length (dynamic scaling) cannot be stated in a site."""
-        first = self._core(self.node, self.graph)
-        for node, graph in zip(self.nodes[1:], self.graphs[1:], strict=True):
-            core = self._core(node, graph)
-            other_q, other_k = self._path("q", core, graph), self._path("k", core, graph)
-            holds = self.rope_limit is None or graph.length <= self.rope_limit
-            if holds and not (same_rotation(other_q.rope, q.rope) and same_rotation(other_k.rope, k.rope)):
-                raise _Stop("rope", "the rotary frequencies depend on the length", node)
-            scales = (core["scale"], other_q.scale, other_k.scale, core.get("softcap"))
-            if scales != (first["scale"], q.scale, k.scale, first.get("softcap")):
-                raise _Stop("scale", "the scale of the scores depends on the length", node)
+        for part in parts:
+            q, k = (part.k, part.q) if part.tables.swapped else (part.q, part.k)
+            for node, graph in zip(part.nodes[1:], self.graphs[1:], strict=True):
+                core = self._core(node, graph)
+                other_q, other_k = self._path("q", core, graph), self._path("k", core, graph)
+                holds = self.rope_limit is None or graph.length <= self.rope_limit
+                if holds and not (same_rotation(other_q.rope, q.rope) and same_rotation(other_k.rope, k.rope)):
+                    raise _Stop("rope", "the rotary frequencies depend on the length", node)
+                scales = (core["scale"], other_q.scale, other_k.scale, core.get("softcap"))
+                if scales != (part.core["scale"], q.scale, k.scale, part.core.get("softcap")):
+                    raise _Stop("scale", "the scale of the scores depends on the length", node)
 
 
 def _whole(linear: Linear) -> Projection:

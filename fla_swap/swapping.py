@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -160,9 +162,14 @@ def _check_weights(site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
 
 def _shape(ref: WeightRef, weights: Mapping[str, Tensor], fqn: str) -> tuple[int, int]:
     """[out, in] of a stored matrix in this model."""
+    if ref.more:
+        shapes = [_shape(part, weights, fqn) for part in (dataclasses.replace(ref, more=()), *ref.more)]
+        return sum(out for out, _ in shapes), shapes[0][1]
     if ref.name not in weights:
         raise SwapError(f"the plan is for another model: {fqn} has no weight {ref.name!r} here")
     shape = tuple(weights[ref.name].shape)
+    if ref.dims is not None and sorted(sum(ref.dims, ())) == list(range(len(shape))):
+        shape = tuple(math.prod(shape[d] for d in dims) for dims in ref.dims)
     if len(shape) != 2:
         raise SwapError(f"{fqn}: weight {ref.name!r} is not a matrix but {list(shape)}")
     out, inner = shape[::-1] if ref.transposed else shape

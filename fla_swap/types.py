@@ -13,13 +13,20 @@ class WeightRef:
 
     `rows` are half-open ranges along the *output* dimension, concatenated in order (None: the whole parameter), so
     a fused qkv is three refs to one parameter, also where heads are interleaved. `transposed`: stored [in, out].
-    `more`: what stands in other parameters, concatenated after it (a list of norms, one for each head).
+    `dims`: of a parameter with other than two dimensions, those that count its outputs and those that count its inputs.
+    `more`: what stands in other parameters, concatenated after it (heads with projections or norms of their own).
     """
 
     name: str
     rows: tuple[tuple[int, int], ...] | None = None
     transposed: bool = False
     more: tuple[WeightRef, ...] = ()
+    dims: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that it reads, without repetition."""
+        return tuple(dict.fromkeys((self.name, *(part.name for part in self.more))))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,10 +1,12 @@
-"""The core of an attention: a fused call, or a softmax between two contractions."""
+"""The core of an attention: a fused call, or a softmax, in any spelling, between two contractions."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -13,31 +15,37 @@ from fla_swap.patterns.graph import (
     CAST,
     CONTRACTION,
     DROPOUT,
+    LAYOUT,
     CapturedGraph,
     _ops,
     argument,
     op_name,
     shape,
 )
+from fla_swap.patterns.normalise import find_softmax
 
 SDPA = _ops("scaled_dot_product_attention")
-SOFTMAX = _ops("softmax", "_softmax", "special_softmax", "_safe_softmax")
 PRODUCT = _ops("matmul", "bmm")
 BADDBMM = _ops("baddbmm")
 SLICE = _ops("slice")
+MOVES = LAYOUT - _ops(
+    *("cat", "concat", "stack", "slice", "select", "narrow", "index", "index_select", "split", "split_with_sizes"),
+    *("chunk", "unbind", "tensor_split", "flip", "roll", "repeat", "repeat_interleave", "tile"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTerm:
     """One closed tensor that decides what a query sees; `kind` "add" (to the scores), "keep" or "drop" (where true).
 
-    `factor`: what the scores are multiplied by afterwards. `flat`: it stands against scores [B · H, T, T].
+    or "times" (multiplied with them, 1 where they count). `factor`: what the scores are multiplied by afterwards.
+    `at`: the node whose shape it broadcasts to (None: the fused call's scores [..., T, S]).
     """
 
     kind: str
     node: fx.Node
     factor: float = 1.0
-    flat: bool = False
+    at: fx.Node | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,70 +85,78 @@ class FusedCore:
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxCore:
-    """`softmax(scores) @ v`, the scores being walked back to `q @ kᵀ` through the `scores` recognisers."""
+    """`softmax(scores) @ v`, the scores being walked back to `q @ kᵀ` through the `scores` recognisers.
+
+    Facts: `q`, `k` the operands of the `product` (which is which is told by `heads.read_heads`), `scores` the
+    softmax's input and `dim` its axis from the end, `same` the steps that move nothing, `mixed` the probabilities where
+    they enter `out`, and `v_first` when they are its right operand.
+    """
 
     scores: Sequence[Recogniser]
     name: str = "softmax"
     slot: str = "core"
 
     def match(self, node: fx.Node, graph: CapturedGraph) -> Result:
-        if node.target not in SOFTMAX or not graph.is_open(node):
+        found = find_softmax(node, graph)
+        if found is None:
             return ABSENT
-        dims = shape(node)
-        dim = argument(node, 1, "dim")
-        if dims is None or len(dims) < 3 or dim not in (-1, len(dims) - 1):
+        if not _reaches_product(found.x, graph):
             return ABSENT
-        mixed, dropout = self._forwards(node, graph)
-        if mixed is None:
-            return ABSENT
-        facts = {"out": mixed[0], "v": mixed[1], "scale": 1.0, "mask": [], "causal": False}
-        facts["dropout"] = dropout
-        nodes = [node]
-        dropped = _dropped(node)
-        walk: fx.Node = node.all_input_nodes[0]
+        if found.refused is not None:
+            return Refused(found.refused, node)
+        facts: dict[str, Any] = {"scale": 1.0, "causal": False, "scores": found.x, "dim": found.dim}
+        facts["mask"] = [MaskTerm(kind="keep", node=closed, at=at) for closed, at in found.kept]
+        facts["same"] = dict(found.same)
+        refused = self._forwards(node, graph, facts)
+        if refused is not None:
+            return refused
+        nodes, walk = [*found.nodes], found.x
         while True:
-            walk = graph.peel(walk, CAST | DROPOUT | _SAME)[-1]
+            walk = graph.peel(walk, CAST | DROPOUT | MOVES)[-1]
             result = self._step(walk, graph, facts)
             if not isinstance(result, Found):
                 return result
             nodes += result.nodes
             if result.next is None:
-                if ("sinks" in facts) != dropped:
+                if ("sinks" in facts) != facts.pop("dropped"):
                     return Refused("a column of the softmax is dropped that is no sink, or a sink is kept", node)
                 return Found(facts=facts, nodes=tuple(nodes))
+            facts["same"][walk] = result.next
             walk = result.next
 
     def _step(self, walk: fx.Node, graph: CapturedGraph, facts: dict) -> Result:
         if walk.target in PRODUCT:
             left, right = walk.args[:2]
             if graph.is_open(left) and graph.is_open(right):
-                facts |= {"q": left, "k": right, "k_transposed": True}
+                facts |= {"q": left, "k": right, "k_transposed": True, "product": walk}
                 return Found(nodes=(walk,))
-            return ABSENT
+            return _unknown(walk)
         if walk.target in BADDBMM:
             return self._baddbmm(walk, graph, facts)
         for recogniser in self.scores:
             result = recogniser.match(walk, graph)
             if isinstance(result, Found):
-                new = result.facts
-                if "mask" in new and "softcap" in facts:
-                    return Refused("a mask is added before the softcap", walk)
-                if "softcap" in new and "softcap" in facts:
-                    return Refused("two softcaps in one softmax", walk)
-                if "softcap" in new and facts["scale"] != 1.0:
-                    return Refused("the scores are scaled after the softcap", walk)
-                if "sinks" in new and (facts["mask"] or facts["scale"] != 1.0):
-                    return Refused("the sinks are masked or scaled with the scores", walk)
-                terms = [dataclasses.replace(t, factor=facts["scale"]) for t in new.get("mask", ())]
-                facts["mask"] = facts["mask"] + terms
-                facts["scale"] *= new.get("scale", 1.0)
-                facts |= {n: v for n, v in new.items() if n not in ("mask", "scale")}
-                return result
+                return self._take(walk, result, facts)
             if isinstance(result, Refused):
                 return result
-        if len(graph.open_inputs(walk)) != 1 or not facts["mask"]:
-            return ABSENT if not _reaches_product(walk, graph) else _unknown(walk)
         return _unknown(walk)
+
+    @staticmethod
+    def _take(walk: fx.Node, result: Found, facts: dict) -> Result:
+        new = result.facts
+        if "mask" in new and "softcap" in facts:
+            return Refused("a mask is added before the softcap", walk)
+        if "softcap" in new and "softcap" in facts:
+            return Refused("two softcaps in one softmax", walk)
+        if "softcap" in new and facts["scale"] != 1.0:
+            return Refused("the scores are scaled after the softcap", walk)
+        if "sinks" in new and (facts["mask"] or facts["scale"] != 1.0):
+            return Refused("the sinks are masked or scaled with the scores", walk)
+        terms = [dataclasses.replace(t, factor=t.factor * facts["scale"], at=t.at or walk) for t in new.get("mask", ())]
+        facts["mask"] = facts["mask"] + terms
+        facts["scale"] *= new.get("scale", 1.0)
+        facts |= {n: v for n, v in new.items() if n not in ("mask", "scale")}
+        return result
 
     @staticmethod
     def _baddbmm(walk: fx.Node, graph: CapturedGraph, facts: dict) -> Result:
@@ -153,29 +169,44 @@ class SoftmaxCore:
         beta, alpha = graph.constant(walk.kwargs.get("beta", 1)), graph.constant(walk.kwargs.get("alpha", 1))
         if beta is None or alpha is None:
             return _unknown(walk)
-        facts["mask"] = [*facts["mask"], MaskTerm(kind="add", node=bias, factor=facts["scale"] * beta, flat=True)]
+        if beta != 0:
+            term = MaskTerm(kind="add", node=bias, factor=facts["scale"] * beta, at=walk)
+            facts["mask"] = [*facts["mask"], term]
         facts["scale"] *= alpha
-        facts |= {"q": left, "k": right, "k_transposed": True}
+        facts |= {"q": left, "k": right, "k_transposed": True, "product": walk}
         return Found(nodes=(walk,))
 
-    def _forwards(self, node: fx.Node, graph: CapturedGraph) -> tuple[tuple[fx.Node, fx.Node] | None, float]:
-        """(product, v) that the probabilities go into, and the dropout on the way."""
-        dropout, walk = 0.0, node
-        while True:
-            users = [u for u in walk.users if u.target in PRODUCT | CAST | DROPOUT | _SAME or _drops_last(u)]
-            product = next((u for u in users if u.target in PRODUCT), None)
-            if product is not None:
-                if product.args[0] is walk and graph.is_open(product.args[1]):
-                    return (product, product.args[1]), dropout  # type: ignore[return-value]
-                return None, dropout
-            if len(users) != 1:
-                return None, dropout
-            walk = users[0]
-            if walk.target in DROPOUT:
-                dropout = float(argument(walk, 1, "p", 0.0))
-
-
-_SAME = _ops("view", "reshape", "_unsafe_view", "contiguous", "clone", "alias", "detach", "unsqueeze", "squeeze")
+    @staticmethod
+    def _forwards(node: fx.Node, graph: CapturedGraph, facts: dict) -> Refused | None:
+        """Adds the product that the probabilities go into, the values, and the dropout on the way."""
+        queue: deque[tuple[fx.Node, float, bool]] = deque([(node, 0.0, False)])
+        found: dict[fx.Node, tuple[fx.Node, float, bool]] = {}
+        blocked: list[fx.Node] = []
+        while queue:
+            walk, dropout, dropped = queue.popleft()
+            for user in walk.users:
+                if user.target in PRODUCT and all(graph.is_open(a) for a in user.args[:2]):
+                    found[user] = (walk, dropout, dropped)
+                elif _drops_last(user):
+                    facts["same"][user] = walk
+                    queue.append((user, dropout, True))
+                elif user.target in CAST | MOVES and len(graph.open_inputs(user)) == 1:
+                    queue.append((user, dropout, dropped))
+                elif user.target in DROPOUT:
+                    queue.append((user, max(dropout, float(argument(user, 1, "p", 0.0))), dropped))
+                elif user.op == "call_function":
+                    blocked.append(user)
+        if len(found) != 1:
+            if not found and len(blocked) == 1:
+                return Refused(
+                    f"{op_name(blocked[0])} between the softmax and the values is not understood", blocked[0]
+                )
+            return Refused(f"the softmax goes into {len(found)} products with values, expected one", node)
+        ((product, (walk, dropout, dropped)),) = found.items()
+        left, right = product.args[:2]
+        facts |= {"out": product, "mixed": walk, "v_first": right is walk, "v": left if right is walk else right}
+        facts |= {"dropout": dropout, "dropped": dropped}
+        return None
 
 
 def _unknown(node: fx.Node) -> Refused:
@@ -192,18 +223,6 @@ def _drops_last(node: fx.Node) -> bool:
     ):
         return False
     return argument(node, 3, "end") in (-1, dims[-1] - 1)
-
-
-def _dropped(softmax: fx.Node) -> bool:
-    walk = softmax
-    for _ in range(8):
-        if any(_drops_last(u) for u in walk.users):
-            return True
-        users = [u for u in walk.users if u.target in CAST | DROPOUT | _SAME]
-        if len(users) != 1:
-            return False
-        walk = users[0]
-    return False
 
 
 def _reaches_product(node: fx.Node, graph: CapturedGraph) -> bool:

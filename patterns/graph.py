@@ -255,7 +255,11 @@ class CapturedGraph:
 
         `same` maps the output of a recognised step to its input, which counts as no movement. Raises `NotLayout`.
         """
-        known: dict[fx.Node, Any] = {start: value}
+        return self.trace_from({start: value}, target, same)
+
+    def trace_from(self, known: Mapping[fx.Node, Any], target: fx.Node, same: Mapping[fx.Node, fx.Node]) -> Tensor:
+        """As `trace`, from the values of several nodes at once."""
+        known = dict(known)
 
         def visit(node: fx.Node) -> Any:
             if node not in known:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fla_swap.patterns.axes import Axes, AxesRefused, arrange
 from fla_swap.patterns.core import MaskTerm
 from fla_swap.patterns.graph import CapturedGraph
 from fla_swap.types import Mask
@@ -27,30 +28,44 @@ class MaskRefused(Exception):
     """The mask is not a function of (query position, key position) alone, or of no kind that a site can state."""
 
 
-def evaluate_mask(terms: Sequence[MaskTerm], causal: bool, graph: CapturedGraph) -> MaskTable:
-    """The mask that the terms make at the graph's lengths, with nothing padded."""
+def evaluate_mask(
+    terms: Sequence[MaskTerm], causal: bool, graph: CapturedGraph, axes: Sequence[Axes] | None = None
+) -> MaskTable:
+    """The mask that the terms make at the graph's lengths, with nothing padded.
+
+    `axes`: for each term, how the scores lie where it acts (None: as [..., T, S]).
+    """
     seen = torch.ones(1, 1, graph.length, graph.key_length, dtype=torch.bool)
     if causal:
         seen = seen.tril()
     bias: Tensor | None = None
-    for term in terms:
+    factors: list[Tensor] = []
+    for number, term in enumerate(terms):
         learned = graph.parameters_of(term.node)
         if learned:
-            raise MaskRefused(
-                f"a learned bias on the scores, made of the parameter {learned[0]!r} (relative positions)"
-            )
+            what = "factor of the scores" if term.kind == "times" else "bias on the scores (relative positions)"
+            raise MaskRefused(f"a learned {what}, made of the parameter {learned[0]!r}")
         value = graph.evaluate(term.node)
-        if term.flat and value.dim() == 3 and value.shape[0] > 1 and value.shape[0] % graph.batch == 0:
-            value = value.unflatten(0, (graph.batch, -1))
+        if axes is not None:
+            try:
+                value = arrange(value, axes[number])
+            except AxesRefused as refused:
+                raise MaskRefused(str(refused)) from refused
         value = _four_dims(value, graph)
-        if term.kind == "add":
+        if term.kind == "times":
+            factors.append(value)
+        elif term.kind == "add":
             value = value * term.factor
             hidden = value <= _HIDDEN
             if (rest := value.masked_fill(hidden, 0.0)).abs().max() > 0:
                 bias = rest if bias is None else bias + rest
             seen = seen & ~hidden
         else:
+            if not bool(((value == 0) | (value == 1)).all()):
+                raise MaskRefused("the attention weights are multiplied by a table that is not 0 and 1")
             seen = seen & (value.bool() if term.kind == "keep" else ~value.bool())
+    if any(not bool(((f == 1) | ~seen).all()) for f in factors):
+        raise MaskRefused("the scores are multiplied by a table that is not 1 wherever they count")
     return _table(seen, bias)
 
 

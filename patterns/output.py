@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fla_swap.patterns.adapters import linear_of_all
 from fla_swap.patterns.base import Found, Refused
-from fla_swap.patterns.core import SDPA, SOFTMAX
+from fla_swap.patterns.core import SDPA
 from fla_swap.patterns.gate import GateFacts, GateRefused, find_gate, state_gate
 from fla_swap.patterns.graph import (
     CAST,
@@ -24,16 +24,19 @@ from fla_swap.patterns.graph import (
     SHAPE_ONLY,
     CapturedGraph,
     NotLayout,
+    _ops,
     argument,
     modules_of,
     op_name,
     shape,
 )
 from fla_swap.patterns.norm import NormFacts, NormRefused, QKNorm, state_norm
+from fla_swap.patterns.normalise import SOFTMAX
 from fla_swap.patterns.projection import Linear, Project
 from fla_swap.patterns.scores import ADD
 from fla_swap.types import ArgPath, CallContract
 
+CAT = _ops("cat", "concat", "stack")
 _QUIET = LAYOUT | CAST | DROPOUT
 _LONGEST_NORM = 24
 _FURTHEST = 64
@@ -87,7 +90,8 @@ def _forward(walk: fx.Node, users: list[fx.Node], graph: CapturedGraph) -> Found
         found = find_gate(user, walk, graph)
         if isinstance(found, Found):
             return dataclasses.replace(found, out=user)
-        if user.target in _QUIET and len(graph.open_inputs(user)) == 1:
+        joins = user.target in CAT and len(graph.open_inputs(user)) == len(user.all_input_nodes)
+        if joins or (user.target in _QUIET and len(graph.open_inputs(user)) == 1):
             return Found(nodes=(user,), out=user)
         cores = _cores_before(user, graph)
         if len(cores) > 1:
@@ -159,29 +163,15 @@ def readers(node: fx.Node) -> list[fx.Node]:
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the heads stand after the core: `known` are the numbers token · width + channel at the core's output."""
+    """Where the heads stand: `known` are the numbers token · width + channel at the output of each core."""
 
     known: Mapping[fx.Node, Tensor]
     width: int
 
     def at(self, node: fx.Node, same: Mapping[fx.Node, fx.Node], graph: CapturedGraph) -> tuple[Tensor, Tensor]:
         """(tokens, channels) at `node`. Raises `NotLayout`."""
-        ((core, numbers),) = self.known.items()
-        moved = graph.trace(core, numbers, node, same)
+        moved = graph.trace_from(self.known, node, same)
         return moved // self.width, moved % self.width
-
-
-def head_places(core: fx.Node, batch_of: Tensor, heads: int, graph: CapturedGraph) -> Places:
-    """`batch_of` [L] is the batch row of each leading index of the core's output [..., T, V]."""
-    dims = shape(core)
-    assert dims is not None
-    width = heads * dims[-1]
-    head_of = torch.zeros_like(batch_of)
-    for b in range(graph.batch):
-        head_of[batch_of == b] = torch.arange(int((batch_of == b).sum()))
-    token = batch_of[:, None] * graph.length + torch.arange(graph.length)
-    numbers = token[..., None] * width + head_of[:, None, None] * dims[-1] + torch.arange(dims[-1])
-    return Places(known={core: numbers.reshape(dims)}, width=width)
 
 
 def check_order(output: Output, places: Places, last: fx.Node, graph: CapturedGraph) -> str | None:
@@ -327,7 +317,7 @@ def inside_of(owner: str, graph: CapturedGraph) -> list[fx.Node]:
 
 
 def find_boundary(owner: str, inputs: Sequence[Linear], o: Output, graph: CapturedGraph) -> Boundary | Refused:
-    """What enters and leaves the owner; refused when that is more than one attention. `inputs`: q, k, v."""
+    """What enters and leaves the owner; refused when it does more than attention. `inputs`: q, k, v (of each core)."""
     inside = [n for n in inside_of(owner, graph) if graph.is_open(n)]
     members = set(inside)
     entries = [_entry(linear, members, graph) for linear in inputs]
@@ -336,7 +326,10 @@ def find_boundary(owner: str, inputs: Sequence[Linear], o: Output, graph: Captur
             return Refused(
                 f"the owner {owner!r} does more than attention: {op_name(entry)} before the projection", entry
             )
-    hidden, memory, values = entries
+    sides = [set(entries[side::3]) for side in range(3)]
+    if any(len(s) > 1 for s in sides):
+        return Refused(f"the heads of {owner!r} read {max(map(len, sides))} different tensors", o.out)
+    hidden, memory, values = entries[:3]
     if memory is not values:
         return Refused(f"the keys are made of {memory.name}, the values of {values.name}", values)
     end = last = o.out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +26,17 @@ class Stored:
     rows: Tensor
     whole: int
     transposed: bool = False
+    dims: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def ref(self, order: Tensor) -> WeightRef:
         """The outputs in `order`, as ranges of the parameter's rows (None when that is all of them, in order)."""
         rows = self.rows[order]
         if len(rows) == self.whole and bool((rows == torch.arange(self.whole)).all()):
-            return WeightRef(name=self.name, transposed=self.transposed)
+            return WeightRef(name=self.name, transposed=self.transposed, dims=self.dims)
         breaks = (rows.diff() != 1).nonzero().flatten() + 1
         pieces = torch.tensor_split(rows, breaks)
         ranges = tuple((int(p[0]), int(p[-1]) + 1) for p in pieces)
-        return WeightRef(name=self.name, rows=ranges, transposed=self.transposed)
+        return WeightRef(name=self.name, rows=ranges, transposed=self.transposed, dims=self.dims)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +154,11 @@ def stored_matrix(node: fx.Node, flipped: bool, graph: CapturedGraph) -> Stored 
     """The weight behind `node`, read as [out, in]; `flipped` when the graph multiplies by it as [in, out]."""
     origin = _origin(node, graph)
     dims = shape(origin)
-    if origin is None or dims is None or len(dims) != 2:
+    if origin is None or dims is None or len(dims) < 2:
         return None
     name = graph.weights[origin.name]
+    if len(dims) != 2:
+        return _many_dims(node, origin, flipped, graph)
     if graph.peel_closed(node) is origin:
         size = dims[1] if flipped else dims[0]
         return Stored(name=name, rows=torch.arange(size), whole=size, transposed=flipped)
@@ -171,12 +176,41 @@ def stored_matrix(node: fx.Node, flipped: bool, graph: CapturedGraph) -> Stored 
     return None
 
 
+def _many_dims(node: fx.Node, origin: fx.Node, flipped: bool, graph: CapturedGraph) -> Stored | None:
+    """As `stored_matrix`, for a parameter of three or four dimensions: some count outputs, the others inputs."""
+    numbers, dims = _numbered(node, origin, graph), shape(origin)
+    if numbers is None or dims is None or numbers.dim() != 2 or len(dims) > 4:
+        return None
+    matrix = numbers.t() if flipped else numbers
+    every = torch.arange(origin.meta["val"].numel()).reshape(dims)
+    for inputs in _choices(len(dims)):
+        outputs = tuple(d for d in range(len(dims)) if d not in inputs)
+        columns = every.permute(*outputs, *inputs).reshape(-1, math.prod(dims[d] for d in inputs))
+        if columns.shape[1] != matrix.shape[1]:
+            continue
+        place = torch.empty(every.numel(), dtype=torch.long)
+        place[columns.flatten()] = torch.arange(every.numel())
+        rows = place[matrix[:, 0]] // columns.shape[1]
+        if torch.equal(columns[rows], matrix):
+            name = graph.weights[origin.name]
+            return Stored(name=name, rows=rows, whole=len(columns), dims=(outputs, inputs))
+    return None
+
+
+def _choices(rank: int) -> list[tuple[int, ...]]:
+    """Which dimensions could count the inputs, the fewest first."""
+    return [c for n in range(1, rank) for c in itertools.combinations(range(rank), n)]
+
+
 def stored_vector(node: Any, graph: CapturedGraph) -> Stored | None:
     """The bias behind `node`."""
     origin = _origin(node, graph)
-    if origin is None or not isinstance(node, fx.Node) or len(shape(origin) or ()) != 1:
+    dims = shape(origin)
+    if origin is None or not isinstance(node, fx.Node) or not dims:
         return None
     numbers = _numbered(node, origin, graph)
     if numbers is None or numbers.dim() != 1:
         return None
-    return Stored(name=graph.weights[origin.name], rows=numbers, whole=origin.meta["val"].numel())
+    # A bias stored as [heads, width] is read as one column.
+    own = None if len(dims) == 1 else (tuple(range(len(dims))), ())
+    return Stored(name=graph.weights[origin.name], rows=numbers, whole=origin.meta["val"].numel(), dims=own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +9,13 @@ from torch import fx
 
 from fla_swap.patterns.base import ABSENT, Found, Refused, Result
 from fla_swap.patterns.core import MaskTerm
-from fla_swap.patterns.graph import CAST, CapturedGraph, _ops, argument
+from fla_swap.patterns.graph import CAST, CapturedGraph, _ops, argument, op_name
+from fla_swap.patterns.steps import ADD, DIV, MUL, SUB
 
-MUL = _ops("mul", "mul_") | frozenset({operator.mul})
-DIV = _ops("div", "div_", "true_divide") | frozenset({operator.truediv})
-ADD = _ops("add", "add_") | frozenset({operator.add})
 TANH = _ops("tanh")
 WHERE = _ops("where")
 FILL = _ops("masked_fill", "masked_fill_")
+FULL = _ops("full", "full_like", "new_full")
 FLOOR = _ops("max", "maximum", "clamp_min")
 _HIDDEN = -1e4
 
@@ -87,7 +85,27 @@ class Mask:
             return self._where(node, graph)
         if node.target in FILL:
             return self._filled(node, graph)
+        if node.target in MUL:
+            return self._multiplied(node, graph)
+        if node.target in SUB:
+            return self._subtracted(node, graph)
         return ABSENT
+
+    def _subtracted(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        scores, closed = node.args[:2]
+        if not isinstance(closed, fx.Node) or graph.is_open(closed) or not graph.is_open(scores):
+            return ABSENT
+        if float(argument(node, 2, "alpha", 1)) != 1.0 or not isinstance(scores, fx.Node):
+            return Refused("a mask subtracted with a factor (alpha)", node)
+        term = MaskTerm(kind="add", node=closed, factor=-1.0)
+        return Found(facts={"mask": [term]}, nodes=(node,), next=scores)
+
+    def _multiplied(self, node: fx.Node, graph: CapturedGraph) -> Result:
+        closed = [n for n in node.all_input_nodes if not graph.is_open(n)]
+        if len(closed) != 1 or len(graph.open_inputs(node)) != 1:
+            return ABSENT
+        term = MaskTerm(kind="times", node=closed[0])
+        return Found(facts={"mask": [term]}, nodes=(node,), next=graph.open_inputs(node)[0])
 
     def _added(self, node: fx.Node, graph: CapturedGraph) -> Result:
         inputs = node.all_input_nodes
@@ -104,11 +122,11 @@ class Mask:
     def _where(self, node: fx.Node, graph: CapturedGraph) -> Result:
         keep, scores, fill = node.args
         kind = "keep"
-        if graph.constant(scores) is not None:
+        if _fill(scores, graph) is not None:
             scores, fill, kind = fill, scores, "drop"
         if graph.is_open(keep):
             return Refused("the mask depends on the values that the model reads", node)
-        return self._closed(node, keep, scores, graph.constant(fill), kind)
+        return self._closed(node, keep, scores, _fill(fill, graph), kind)
 
     def _filled(self, node: fx.Node, graph: CapturedGraph) -> Result:
         scores, drop, fill = node.args
@@ -121,6 +139,14 @@ class Mask:
         if fill is None or fill > _HIDDEN or not isinstance(scores, fx.Node):
             return Refused(f"masked scores are set to {fill}, which does not hide them", node)
         return Found(facts={"mask": [MaskTerm(kind=kind, node=mask)]}, nodes=(node,), next=scores)
+
+
+def _fill(value: Any, graph: CapturedGraph) -> float | None:
+    """`value` as a number: a constant, or a tensor filled with one."""
+    if isinstance(value, fx.Node) and value.target in FULL and not graph.is_open(value):
+        position = {"full": 1, "full_like": 1, "new_full": 2}[op_name(value).split(".")[0]]
+        return graph.constant(argument(value, position, "fill_value"))
+    return graph.constant(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import fx
 
 from fla_swap.patterns.base import ABSENT, Found, Refused, Result
 from fla_swap.patterns.graph import CapturedGraph, NotLayout, _ops, argument, shape
-from fla_swap.patterns.norm import SUB
+from fla_swap.patterns.steps import SUB
 from fla_swap.types import WeightRef
 
 CAT = _ops("cat", "concat")
@@ -27,6 +27,8 @@ class Shift:
         if node.target not in SUB or len(node.all_input_nodes) != 2:
             return ABSENT
         x, largest = node.all_input_nodes
+        if not graph.is_open(largest):
+            return ABSENT
         largest = graph.open_inputs(largest)[0] if shape(largest) and largest.target not in LARGEST else largest
         if largest.target not in LARGEST or largest.all_input_nodes[0] is not x:
             return ABSENT

@@ -6,6 +6,7 @@ Legend for shapes: B batch, T time, D hidden size, H query heads, HK key/value h
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -200,7 +201,7 @@ def is_quantised(tensor: Tensor) -> bool:
 
 
 def read_ref(weights: Mapping[str, Tensor], ref: WeightRef) -> Tensor:
-    """The tensor that a reference means: transposed to [out, in], its rows selected. Shares memory where it can.
+    """The tensor that a reference means: turned to [out, in], its rows selected. Shares memory where it can.
 
     A quantised tensor is read as the values that it stands for, in the dtype that it shows.
     """
@@ -210,6 +211,10 @@ def read_ref(weights: Mapping[str, Tensor], ref: WeightRef) -> Tensor:
     tensor = weights[ref.name]
     if is_quantised(tensor):
         tensor = tensor.dequantize()
+    if ref.dims is not None:
+        outputs, inputs = ref.dims
+        shape = [math.prod(tensor.shape[d] for d in dims) for dims in ref.dims if dims]
+        tensor = tensor.permute(*outputs, *inputs).reshape(shape)
     if ref.transposed:
         tensor = tensor.t()
     if ref.rows is None:

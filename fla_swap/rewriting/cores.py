@@ -24,6 +24,7 @@ from fla_swap.patterns.rows import RowEvaluator, RowsRefused
 from fla_swap.rewriting.masks import MaskUnknown, Term, Visible, read_mask
 
 _FACTS = frozenset({"q", "k", "v", "out", "k_transposed", "scale", "mask", "causal", "dropout", "softcap", "sinks"})
+_PLACES = frozenset({"product", "scores", "dim", "same", "mixed", "v_first"})
 _KEPT = _ops("view", "reshape", "_unsafe_view", "contiguous", "clone", "alias", "detach", "unsqueeze", "squeeze")
 _SLICE = _ops("slice")
 SDPA_OPS = _ops("scaled_dot_product_attention")
@@ -107,9 +108,11 @@ def read_core(anchor: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> Cor
         raise CoreRefused(result.reason, result.node)
     assert isinstance(result, Found)
     facts = dict(result.facts)
-    unknown = sorted(n for n in facts if n not in _FACTS and facts[n] is not None)
+    unknown = sorted(n for n in facts if n not in _FACTS | _PLACES and facts[n] is not None)
     if unknown:
         raise CoreRefused(f"{', '.join(unknown)} cannot be expressed by an operator", anchor)
+    if facts.get("v_first") or facts.get("dim", -1) != -1 or any(t.kind == "times" for t in facts["mask"]):
+        raise CoreRefused("scores that lie in another order than [..., queries, keys]", anchor)
     fused = anchor.target in SDPA_OPS
     q, k = shape(facts["q"]), shape(facts["k"])
     if q is None or k is None or len(q) < 3:

@@ -1,0 +1,88 @@
+"""Where attention starts: the cores of a graph, with what the recognisers say, and those that belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fla_swap.patterns.base import Absent, Found
+from fla_swap.patterns.catalogue import Catalogue
+from fla_swap.patterns.graph import CapturedGraph, modules_of, op_name, shape, source_of
+from fla_swap.patterns.mask import length_hints
+from fla_swap.patterns.output import Output, find_output
+
+
+def core_nodes(graph: CapturedGraph, patterns: Catalogue) -> list[tuple[fx.Node, Any]]:
+    """Every fused attention or softmax over open values, with what the core recognisers say."""
+    if "cores" in graph.known:
+        return graph.known["cores"]
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_function" or not graph.is_open(node):
+            continue
+        results = [r.match(node, graph) for r in patterns.cores]
+        result = next((r for r in results if not isinstance(r, Absent)), results[0])
+        if not isinstance(result, Absent) or "softmax" in op_name(node):
+            found.append((node, result))
+    inner = {n for node, r in found if not isinstance(r, Absent) for n in getattr(r, "nodes", ()) if n is not node}
+    found = [(node, r) for node, r in found if node not in inner]
+    graph.known["cores"] = found
+    return found
+
+
+def mask_lengths(graph: CapturedGraph, patterns: Catalogue) -> set[int]:
+    """Integer constants of the masks: windows and chunks are among them, so a second capture must be longer."""
+    hints: set[int] = set()
+    for _, result in core_nodes(graph, patterns):
+        if isinstance(result, Found):
+            hints |= length_hints(result.facts["mask"], sized(graph, result.facts))
+    return hints
+
+
+def groups(
+    cores: Sequence[tuple[tuple[fx.Node, Any], ...]], graph: CapturedGraph, unclaimed: list[str]
+) -> list[list[list[fx.Node]]]:
+    """The cores that are one attention together: those whose heads go into the same output projection."""
+    groups: dict[Any, list[list[fx.Node]]] = {}
+    for found in cores:
+        node, result = found[0]
+        if isinstance(result, Absent):
+            unclaimed.append(where(node))
+            continue
+        key: Any = node
+        if isinstance(result, Found):
+            output = find_output(result.facts["out"], graph)
+            key = output.out if isinstance(output, Output) else node
+        groups.setdefault(key, []).append([n for n, _ in found])
+    return list(groups.values())
+
+
+def sized(graph: CapturedGraph, core: Mapping[str, Any]) -> CapturedGraph:
+    """The graph with the core's own query and key counts."""
+    q, k = shape(core["q"]), shape(core["k"])
+    assert q is not None and k is not None
+    length, keys = _count(q, q[-2], graph), _count(k, k[-1 if core["k_transposed"] else -2], graph)
+    return graph.sized(length=length, keys=keys)
+
+
+def _count(dims: tuple[int, ...], rows: int, graph: CapturedGraph) -> int:
+    """How many tokens an operand holds: the model's own count wherever that is among its sizes."""
+    return graph.length if rows % graph.length == 0 or graph.length in dims else rows
+
+
+def token_counts(
+    cores: Sequence[Sequence[tuple[fx.Node, Any]]], graphs: Sequence[CapturedGraph]
+) -> list[list[CapturedGraph]]:
+    """For each core, every graph with the core's own query and key counts."""
+    return [
+        [sized(g, r.facts) for (_, r), g in zip(found, graphs, strict=True)]
+        for found in zip(*cores, strict=True)
+        if isinstance(found[0][1], Found)
+    ]
+
+
+def where(node: fx.Node) -> str:
+    modules = modules_of(node)
+    return f"{modules[-1] if modules else ''} {op_name(node)} {source_of(node)}".strip()
