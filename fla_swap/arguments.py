@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fla_swap.errors import SwapError
 from fla_swap.types import ArgPath
 
 Args = tuple[Any, ...]
@@ -81,6 +82,32 @@ def _seen(mask: Tensor, hides: bool) -> Tensor:
     if mask.dtype == torch.bool:
         return ~mask if hides else mask
     return mask > torch.finfo(mask.dtype).min / 2
+
+
+def read_mask(mask: Any, hidden: Tensor, seen: Any) -> tuple[Tensor | None, Tensor | None]:
+    """What a model's attention mask says about the new tokens, as (valid, starts), bool [B, T] each, or None.
+
+    Args:
+        mask: None; [B, S], nonzero for tokens; or [B or 1, 1 or H, T, S], bool (True is seen) or additive. A token that
+            does not see itself is padding; one that sees itself alone starts a document. (The first token after padding
+            still sees what came before the padding; under a window no longer than the padding it sees itself alone.)
+        hidden: [B, T, D].
+        seen: tokens already in the state, an int or a tensor: query t stands at key min(seen, S − T) + t.
+    """
+    if mask is None:
+        return None, None
+    batch, tokens = hidden.shape[:2]
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise SwapError(f"a swapped layer reads masks of 2 or 4 dimensions, got {type(mask).__name__}")
+    room = mask.shape[-1] - tokens
+    query = torch.arange(tokens, device=mask.device)
+    key = query + (seen.clamp(max=room) if isinstance(seen, Tensor) else min(seen, room))
+    if mask.dim() == 2:
+        return (mask[:, key] != 0).expand(batch, tokens), None
+    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    valid = sees[:, query, key]
+    starts = valid & (sees.sum(-1) == 1) & (key > 0)
+    return valid.expand(batch, tokens), starts.expand(batch, tokens)
 
 
 @contextlib.contextmanager

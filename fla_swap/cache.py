@@ -40,12 +40,15 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
     """The state of one mixer (named tensors, batch first) and the number of tokens it has seen.
 
     `count` is a tensor in a static cache (so that a compiled step does not depend on it) and an int elsewhere.
+    `shared`: the model has a linear layer of its own beside the attention, whose states this layer keeps as the stock
+    layer did (Falcon-H1); such a layer cannot roll back.
     """
 
     def __init__(self, stock: CacheLayerMixin):
-        LinearAttentionLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=getattr(stock, "number_of_states", 1))
         CacheLayerMixin.__init__(self)
         self.stock = stock
+        self.shared = isinstance(stock, LinearAttentionLayer)
         self.is_sliding: bool = getattr(stock, "is_sliding", False)
         self.is_compileable = stock.is_compileable
         self.state: State = {}
@@ -81,6 +84,8 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
     # What transformers asks of every layer.
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        if self.shared and not args:
+            return LinearAttentionLayer.lazy_initialization(self, **kwargs)
         raise SwapError("this layer holds a mixer's state, not keys and values; `prepare` allocates it")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -109,6 +114,8 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def reset(self) -> None:
         """Back to zero, in place."""
+        if self.shared:
+            LinearAttentionLayer.reset(self)
         for tensor in self.state.values():
             tensor.zero_()
         if self.counts_on_device and self.is_initialized:
@@ -126,20 +133,24 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row b becomes the old row beam_idx[b], at the same addresses."""
+        if self.shared:
+            LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
         for tensor in self.state.values():
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
         self.forget_calls()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._replace({n: t.repeat_interleave(repeats, dim=0) for n, t in self.state.items()})
+        self._replace(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._replace({n: t[indices] for n, t in self.state.items()})
+        self._replace(lambda t: t[indices])
 
-    def _replace(self, state: State) -> None:
-        self.state = state
-        if state:
-            self.batch_size = next(iter(state.values())).shape[0]
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.state = {n: change(t) for n, t in self.state.items()}
+        if self.state:
+            self.batch_size = next(iter(self.state.values())).shape[0]
+        for own in (self.conv_states, self.recurrent_states):
+            own.update({n: change(t) for n, t in own.items() if t is not None})
         self.forget_calls()
 
     # Rollback: after `activate_past_recording`, the state at some moment and the calls since then are kept. The moment
@@ -147,7 +158,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        return True
+        return not self.shared
 
     def record(self, length: int, replay: Replay) -> None:
         """Before a call that will change the state: remember the state and how to repeat the call."""
@@ -166,6 +177,8 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         `tokens_to_remove` is negative (transformers' convention; a positive number is a length to crop to), and 0
         accepts everything so far. SwapError when those tokens were not recorded.
         """
+        if self.shared:
+            raise SwapError("a cache layer that also holds the state of the model's own linear layer cannot be cropped")
         tokens_to_remove = int(tokens_to_remove)  # generate may pass a tensor
         if tokens_to_remove > 0:
             tokens_to_remove = min(tokens_to_remove - int(self.count), 0)

@@ -76,30 +76,51 @@ def record_calls(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kw
 
 
 def record_cache(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kwargs]) -> dict[str, CacheRecord]:
-    """Run the model once with a cache that notes who updates it, and under which number."""
+    """Run the model once and note who updates its cache, and under which number.
+
+    The cache is transformers' usual one, or, where the model refuses that, the one that it makes itself.
+    """
+    import transformers
+
+    config = getattr(model, "config", None)
+    own = transformers.DynamicCache(config=config) if config is not None else transformers.DynamicCache()
+    given: Any = own
+    if getattr(config, "is_encoder_decoder", False):
+        given = transformers.EncoderDecoderCache(own, transformers.DynamicCache())
+    try:
+        return _record_cache(model, list(owners), inputs, given)
+    except ValueError:
+        return _record_cache(model, list(owners), inputs, None)
+
+
+def _record_cache(
+    model: nn.Module, owners: list[str], inputs: tuple[Args, Kwargs], given: Any
+) -> dict[str, CacheRecord]:
     import transformers
 
     found: dict[str, CacheRecord] = {}
-    stack = _Stack()
+    stack, watched = _Stack(), []
 
-    class Sentinel(transformers.DynamicCache):
-        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def watch(cache: Any) -> None:
+        update = cache.update
+
+        def noted(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             if stack.names:
                 found.setdefault(stack.names[-1], CacheRecord()).index = layer_idx
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    config = getattr(model, "config", None)
-    own = Sentinel(config=config) if config is not None else Sentinel()
-    sentinel: Any = own
-    if getattr(config, "is_encoder_decoder", False):
-        sentinel = transformers.EncoderDecoderCache(own, transformers.DynamicCache())
+        cache.update = noted
+        watched.append(cache)
 
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             stack.names.append(name)
             for path, value in leaves(args, kwargs):
-                if value is sentinel or value is own:
+                if isinstance(value, transformers.Cache):
                     found.setdefault(name, CacheRecord()).path = path
+                    own = getattr(value, "self_attention_cache", value)
+                    if not any(own is cache for cache in watched):
+                        watch(own)
 
         return hook
 
@@ -109,8 +130,8 @@ def record_cache(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kw
 
         return hook
 
-    kwargs = {**inputs[1], "past_key_values": sentinel, "use_cache": True}
-    with _watched(model, list(owners), before, after, use_cache=True):
+    kwargs = {**inputs[1], "past_key_values": given, "use_cache": True}
+    with _watched(model, owners, before, after, use_cache=True):
         model(*inputs[0], **kwargs)
     return found
 
@@ -203,7 +224,7 @@ def derive_contract(
     if isinstance(entry, str):
         return entry
     batch, length = valid.shape
-    width = site.hidden_size if site.o is not None else site.heads * site.v_head_dim
+    width = (site.output_size or site.hidden_size) if site.o is not None else site.heads * site.v_head_dim
     size = (length, batch, width) if site.call.time_first else (batch, length, width)
     places = _outputs(record.output, size)
     if isinstance(places, str):
@@ -299,8 +320,8 @@ def _mask_kind(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor) 
         if suffix and value.dtype != torch.bool:
             break
         if value.dim() == 4:
-            if not suffix and value.shape[-2] in (1, length) and bool(((seen == wanted) | ~rows).all()):
-                return "mask"
+            if value.shape[-2] in (1, length) and bool(((seen == wanted) | ~rows).all()):
+                return "mask" + suffix
             continue
         if len(value) in (1, batch) and torch.equal(seen.expand(keys.shape), keys):
             return "padding" + suffix if suffix or value.is_floating_point() else "mask"

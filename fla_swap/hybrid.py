@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fla_swap.arguments import fetch, joined_masks
+from fla_swap.arguments import fetch, joined_masks, read_mask
 from fla_swap.cache import StateLayer, install_layer, state_layer
 from fla_swap.errors import CheckpointError, SwapError
 from fla_swap.mixers import State, TokenMixer, mixer_class
@@ -94,7 +94,8 @@ class SwappedAttention(nn.Module):
         """The model's mask: as it is, or made of one over pairs of tokens and one over the keys."""
         call = self.call
         if call.pairs is None and call.padding is None:
-            return fetch(call.mask, args, kwargs)
+            mask = fetch(call.mask, args, kwargs)
+            return ~mask if call.hides and isinstance(mask, Tensor) and mask.dtype == torch.bool else mask
         pairs, padding = fetch(call.pairs, args, kwargs), fetch(call.padding, args, kwargs)
         if call.pairs is not None and pairs is None and self.site.mask.kind != "bidirectional":
             raise SwapError(
@@ -222,32 +223,6 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, PreTrainedConfig))
 
 
-def read_mask(mask: Any, hidden: Tensor, seen: Any) -> tuple[Tensor | None, Tensor | None]:
-    """What a model's attention mask says about the new tokens, as (valid, starts), bool [B, T] each, or None.
-
-    Args:
-        mask: None; [B, S], nonzero for tokens; or [B or 1, 1 or H, T, S], bool (True is seen) or additive. A token that
-            does not see itself is padding; one that sees itself alone starts a document. (The first token after padding
-            still sees what came before the padding; under a window no longer than the padding it sees itself alone.)
-        hidden: [B, T, D].
-        seen: tokens already in the state, an int or a tensor: query t stands at key min(seen, S − T) + t.
-    """
-    if mask is None:
-        return None, None
-    batch, tokens = hidden.shape[:2]
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        raise SwapError(f"a swapped layer reads masks of 2 or 4 dimensions, got {type(mask).__name__}")
-    room = mask.shape[-1] - tokens
-    query = torch.arange(tokens, device=mask.device)
-    key = query + (seen.clamp(max=room) if isinstance(seen, Tensor) else min(seen, room))
-    if mask.dim() == 2:
-        return (mask[:, key] != 0).expand(batch, tokens), None
-    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
-    valid = sees[:, query, key]
-    starts = valid & (sees.sum(-1) == 1) & (key > 0)
-    return valid.expand(batch, tokens), starts.expand(batch, tokens)
-
-
 def install(model: nn.Module, fqn: str, module: nn.Module) -> None:
     """Put `module` at `fqn` of `model`."""
     parent, _, name = fqn.rpartition(".")
@@ -280,6 +255,11 @@ class HybridConfig:
         data.pop("auto_map", None)
         return cast(Any, super()).from_dict(data, **kwargs)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As its base class: transformers renames the layer types of custom code."""
+        return cast(Any, cls.__mro__[2]).is_custom_code()
+
     def swap_plan(self) -> SwapPlan:
         """The plan that this model was swapped by."""
         return from_jsonable(SwapPlan, self.fla_swap["plan"])
@@ -290,8 +270,12 @@ class HybridModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         cast(Any, super()).__init__(config, *args, **kwargs)
-        install_structure(cast(nn.Module, self), config.swap_plan())
-        cast(PreTrainedModel, self).post_init()
+        model = cast(PreTrainedModel, self)
+        install_structure(model, config.swap_plan())
+        model.post_init()
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tied = model.all_tied_weights_keys  # swapped layers share no weights
+        model.all_tied_weights_keys = {a: b for a, b in tied.items() if {a, b} <= names}
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> Any:
         """`generate` has its cache: put the state layers in before anything asks the cache what it can do."""

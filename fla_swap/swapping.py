@@ -141,7 +141,7 @@ def _check_weights(site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
         "v": (site.v, site.kv_heads * site.v_head_dim, site.hidden_size),
     }
     if site.o is not None:
-        expected["o"] = (site.o, site.hidden_size, width)
+        expected["o"] = (site.o, site.output_size or site.hidden_size, width)
     if site.gate is not None:
         expected["gate"] = (site.gate.projection, site.heads if site.gate.per_head else width, site.hidden_size)
     for name, (projection, rows, columns) in expected.items():

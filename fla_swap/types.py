@@ -168,7 +168,7 @@ class AttentionSite:
     "graph" for an attention that has no module of its own, or shares it: only `fs.rewrite` can replace it; `fqn` is
     then the deepest module around it with "#" and a number. `anchor`: the core's node in the captured graph.
     Between projection and norm q, k and v are clamped to ±`clip`. `v_norm` acts on the value heads, `o_norm` on the
-    heads' outputs, before `gate` multiplies them.
+    heads' outputs, before `gate` multiplies them. `output_size`: the rows of o_proj where they are not `hidden_size`.
     """
 
     fqn: str
@@ -202,6 +202,7 @@ class AttentionSite:
     v_norm: Norm | None = None
     o_norm: Norm | None = None
     gate: Gate | None = None
+    output_size: int | None = None
     source: str = ""
     proved: bool = False
     max_error: float | None = None

@@ -201,8 +201,10 @@ def check_tokens(output: Output, tokens: Tensor, last: fx.Node, graph: CapturedG
 def output_facts(
     output: Output, places: Places, hidden: fx.Node, heads: int, graph: CapturedGraph
 ) -> dict[str, Any] | Refused:
-    """The facts of a site that stand after the core: the heads' norm and gate."""
+    """The facts of a site that stand after the core: the heads' norm and gate, another width of the output."""
     facts: dict[str, Any] = {}
+    if output.linear is not None and output.linear.outputs != (shape(hidden) or ())[-1]:
+        facts["output_size"] = output.linear.outputs
     try:
         if output.norm is not None:
             _, channels = places.at(output.norm.x, output.same, graph)

@@ -53,6 +53,7 @@ class HeadsConfig(MixerConfig):
     temperature: Temperature | None = None
     gate: Gate | None = None
     output_proj: bool | None = None
+    output_size: int | None = None
 
 
 class HeadsMixer(TokenMixer):
@@ -80,7 +81,8 @@ class HeadsMixer(TokenMixer):
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.v_head_dim, bias=bool(config.v_bias))
         width = self.heads * self.v_head_dim
         bare = config.output_proj is False
-        self.o_proj = nn.Identity() if bare else nn.Linear(width, hidden, bias=bool(config.o_bias))
+        outputs = config.output_size or hidden
+        self.o_proj = nn.Identity() if bare else nn.Linear(width, outputs, bias=bool(config.o_bias))
         self.q_norm = HeadNorm(config.q_norm, self.heads, self.head_dim) if config.q_norm else None
         self.k_norm = HeadNorm(config.k_norm, self.kv_heads, self.head_dim) if config.k_norm else None
         self.v_norm = HeadNorm(config.v_norm, self.kv_heads, self.v_head_dim) if config.v_norm else None
@@ -115,6 +117,7 @@ class HeadsMixer(TokenMixer):
             "temperature": site.temperature,
             "gate": site.gate,
             "output_proj": site.o is not None,
+            "output_size": site.output_size,
         }
 
     def load_attention(self, site: AttentionSite, weights: Mapping[str, Tensor]) -> None:

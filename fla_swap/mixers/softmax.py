@@ -119,7 +119,9 @@ class Softmax(HeadsMixer):
             distance = keys[None, :] - (keys[-q.shape[2] :, None])
             scores = scores + slopes[:, None, None] * distance
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            scores = (
+                scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+            )
         if self.sinks is not None:
             sinks = wide(self.sinks)[None, :, None, None].expand(*scores.shape[:3], 1)
             weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
