@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 
 from fla_swap.patterns.base import ABSENT, Found, Refused, Result
 from fla_swap.patterns.graph import CONTRACTION, LAYOUT, REINTERPRET, CapturedGraph, shape
+from fla_swap.patterns.temperature import factor_by_position
 from fla_swap.types import Rope
 
 
@@ -27,6 +28,8 @@ class Rotary:
 
     def match(self, node: fx.Node, graph: CapturedGraph) -> Result:
         chain = graph.peel(node, LAYOUT | REINTERPRET)
+        if factor_by_position(chain[-1], graph) is not None:
+            return ABSENT  # no rotation: another recogniser's, once the movements after it are walked
         x, between = graph.join(chain[-1])
         if x is None or len(graph.open_inputs(chain[-1])) == 0:
             return ABSENT

@@ -28,12 +28,10 @@ class LogTemperature:
     slot: str = "path"
 
     def match(self, node: fx.Node, graph: CapturedGraph) -> Result:
-        if node.target not in MUL or len(node.all_input_nodes) != 2:
+        factor = factor_by_position(node, graph)
+        if factor is None:
             return ABSENT
-        for x, factor in (node.all_input_nodes, node.all_input_nodes[::-1]):
-            if graph.is_open(x) and not graph.is_open(factor) and _by_position(factor, graph):
-                return self._found(node, x, factor, graph)
-        return ABSENT
+        return self._found(node, graph.open_inputs(node)[0], factor, graph)
 
     @staticmethod
     def _found(node: fx.Node, x: fx.Node, factor: fx.Node, graph: CapturedGraph) -> Result:
@@ -45,6 +43,14 @@ class LogTemperature:
             reason = "q or k is scaled by an amount that depends on the position, but not as 1 + s · log(1 + ⌊p / L⌋)"
             return Refused(reason, node)
         return Found(facts={"temperature": found}, nodes=(node, factor), next=x)
+
+
+def factor_by_position(node: fx.Node, graph: CapturedGraph) -> fx.Node | None:
+    """The closed factor when `node` is an open tensor times one number for each token."""
+    if node.target not in MUL or len(node.all_input_nodes) != 2 or len(graph.open_inputs(node)) != 1:
+        return None
+    factor = next(n for n in node.all_input_nodes if not graph.is_open(n))
+    return factor if _by_position(factor, graph) else None
 
 
 def _by_position(factor: fx.Node, graph: CapturedGraph) -> bool:
