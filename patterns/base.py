@@ -66,11 +66,12 @@ SLOTS = ("core", "scores", "path")
 FACTS: Mapping[str, frozenset[str]] = {
     "core": frozenset({"q", "k", "v", "out", "k_transposed", "scale", "mask", "causal", "dropout", "softcap", "sinks"}),
     "scores": frozenset({"scale", "mask", "softcap", "sinks"}),
-    "path": frozenset({"scale", "rope", "norm", "projection"}),
+    "path": frozenset({"scale", "rope", "norm", "clip", "temperature", "projection"}),
 }
 """What the facts of each slot may be called.
 
 core: the nodes of `q`, `k`, `v` and of the attention's output `out`; whether k arrives as [..., K, T]; the score's
 `scale`; `mask`, a list of MaskTerm; `causal`; `dropout`. scores: a factor `scale`, terms of the `mask`, `softcap`,
-`sinks` (WeightRef). path: a factor `scale`, `rope` (Rope), `norm` (NormFacts), `projection` (Linear; it ends the path).
+`sinks` (WeightRef). path: a factor `scale`, `rope` (Rope), `norm` (NormFacts), `clip`
+(a number), `temperature` (Temperature), `projection` (Linear; it ends the path).
 """

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rich
@@ -104,9 +105,13 @@ def everything() -> AttentionSite:
         scale=0.5,
         mask=Mask(kind="chunked", window=32),
         call=CallContract(
-            hidden=ArgPath(position=0), memory=ArgPath(keyword="states", item=1), residual=ArgPath(keyword="r")
+            hidden=ArgPath(position=0),
+            memory=ArgPath(keyword="states", item=1),
+            residual=ArgPath(keyword="r"),
+            outputs=2,
+            cache_index=3,
         ),
-        rope=Rope(inv_freq=(1.0, 0.1), style="interleaved", attention_scaling=1.25),
+        rope=Rope(inv_freq=(1.0, 0.1), style="interleaved", attention_scaling=1.25, limit=64),
         q_norm=norm,
         k_norm=dataclasses.replace(norm, across_heads=True),
         norm_after_rope=True,
@@ -175,9 +180,39 @@ def test_every_field_of_a_site_is_told() -> None:
     assert facts["temperature"].text == "queries times 1 + 0.1 · log(1 + ⌊(position + 1) / 8192⌋)"
     assert facts["scale"].text == "0.5 (the usual is 0.353553)"
     assert facts["mask"].text == "chunked: a token sees what is before it in its chunk of 32"
-    assert facts["call"].text == "hidden argument 0, memory states[1], residual r; returns a tensor"
-    assert facts["rope"].text.endswith("frequencies 1 … 0.1, tables times 1.25, before the norm")
+    assert facts["call"].text == "hidden argument 0, memory states[1], residual r; returns item 0 of 2; cache layer 3"
+    assert facts["rope"].text.endswith(
+        "frequencies 1 … 0.1, tables times 1.25, before the norm, for inputs of up to 64 tokens"
+    )
     assert all(f.text and f.origin for f in facts.values())
+
+
+def leaves(value: Any) -> list[tuple[str, Any]]:
+    """(path, copy with the leaf at that path changed) for every leaf of a site."""
+    found: list[tuple[str, Any]] = []
+    for item in dataclasses.fields(value):
+        old = getattr(value, item.name)
+        if dataclasses.is_dataclass(old):
+            changes = [(f".{path}", new) for path, new in leaves(old)]
+        elif isinstance(old, tuple) and old and dataclasses.is_dataclass(old[0]):
+            changes = [(f".0.{path}", (new, *old[1:])) for path, new in leaves(old[0])]
+        elif isinstance(old, tuple) and old:
+            changes = [("", old[1:])]
+        elif isinstance(old, bool):
+            changes = [("", not old)]
+        elif isinstance(old, int | float | str):
+            changes = [("", old + "x" if isinstance(old, str) else old + 1)]
+        else:
+            changes = []
+        found += [(item.name + path, dataclasses.replace(value, **{item.name: new})) for path, new in changes]
+    return found
+
+
+def test_no_fact_is_left_untold() -> None:
+    """Whatever is changed in a site, its explanation changes."""
+    told = AttentionReport(model="M", sites=(everything(),)).explain("")
+    untold = [p for p, site in leaves(everything()) if AttentionReport(model="M", sites=(site,)).explain("") == told]
+    assert untold == []
 
 
 def test_the_explanation_of_a_layer() -> None:

@@ -12,7 +12,7 @@ _RECOGNISER = (
     "write a recogniser for slot {slot!r} (one class; CONTRIBUTING.md walks through one) and pass it as "
     "fs.inspect(model, patterns=[…])"
 )
-_BY_HAND = "state the site by hand (fs.AttentionSite): it is proved like a found one"
+_BY_HAND = "state the site by hand, fs.inspect(model, sites=[fs.AttentionSite(…)]): it is proved like a found one"
 _ISSUE = "file an issue with this text and the code around the source line"
 
 _ADVICE = {

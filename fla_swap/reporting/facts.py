@@ -108,7 +108,8 @@ def _ref(ref: WeightRef) -> str:
     if ref.rows is not None:
         shown = [f"{a}–{b - 1}" for a, b in ref.rows[:4]] + (["…"] if len(ref.rows) > 4 else [])
         rows = f" rows {', '.join(shown)}"
-    return f"{ref.name}{rows}{' (stored [in, out])' if ref.transposed else ''}"
+    text = f"{ref.name}{rows}{' (stored [in, out])' if ref.transposed else ''}"
+    return " then ".join((text, *map(_ref, ref.more)))
 
 
 def _before_scores(site: AttentionSite) -> list[Fact]:
@@ -125,6 +126,7 @@ def _before_scores(site: AttentionSite) -> list[Fact]:
     if site.temperature is not None:
         t = site.temperature
         text = f"queries times 1 + {t.scale:g} · log(1 + ⌊(position + {t.offset}) / {t.length}⌋)"
+        text += ", positions counted through the padding" if t.padding else ""
         facts.append(Fact(name="temperature", text=text, short="temperature", origin="run at every position"))
     return facts
 
@@ -149,6 +151,8 @@ def _rope(rope: Rope, head_dim: int, before_norm: bool) -> Fact:
         text += f", tables times {rope.attention_scaling:g}"
     if before_norm:
         text += ", before the norm"
+    if rope.limit is not None:
+        text += f", for inputs of up to {rope.limit} tokens"
     origin = "the step was run on random input at every position and the turns read off"
     return Fact(name="rope", text=text, short=rope_text(rope, head_dim), origin=origin)
 
@@ -207,11 +211,13 @@ def _gate(gate: Gate) -> Fact:
 
 
 def _call(call: CallContract) -> Fact:
-    roles = ("hidden", "memory", "mask", "positions", "cos", "sin", "cache", "residual")
+    roles = ("hidden", "memory", "mask", "pairs", "padding", "positions", "cos", "sin", "cache", "residual")
     parts = [f"{role} {_path(path)}" for role in roles if (path := getattr(call, role)) is not None]
     returned = "a tensor" if call.outputs is None else f"item {call.output_index} of {call.outputs}"
-    order = ", time first" if call.time_first else ""
-    text = f"{', '.join(parts)}; returns {returned}{order}"
+    number = "" if call.cache_index is None else f"; cache layer {call.cache_index}"
+    more = ["time first"] if call.time_first else []
+    more += ["masks are true where a key is hidden"] if call.hides else []
+    text = "; ".join((", ".join(parts), f"returns {returned}{number}", *more))
     return Fact(name="call", text=text, origin="observed by hooks in a call of the model")
 
 

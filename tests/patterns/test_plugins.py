@@ -145,7 +145,9 @@ def test_a_recogniser_that_fails_says_where(answer: Any, message: str) -> None:
         inspect(tiny("llama"), patterns=[Answers(answer=answer)])
 
 
-@pytest.mark.parametrize(("family", "implementation"), [("gemma2", "eager"), ("qwen3", "sdpa"), ("gpt_neox", "eager")])
+@pytest.mark.parametrize(
+    ("family", "implementation"), [("gemma2", "eager"), ("qwen3", "sdpa"), ("olmo", "eager"), ("bloom", "eager")]
+)
 def test_the_built_in_recognisers_keep_to_the_same_rules(
     family: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
