@@ -18,6 +18,8 @@ from transformers import (
     MistralConfig,
 )
 
+from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, Projection, WeightRef
+
 WINDOW = 6
 SMALL = {
     "vocab_size": 97,
@@ -90,3 +92,45 @@ def hand(**options) -> tuple[nn.Module, torch.Tensor]:
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).detach().abs().max() / a.detach().abs().max().clamp(min=1e-6))
+
+
+class Twice(nn.Module):
+    """Two attentions in one module, written out in its forward: neither has a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(24, 16) / 4 for _ in range(2)])
+        self.outs = nn.ParameterList([torch.randn(16, 8) / 4 for _ in range(2)])
+
+    def forward(self, x):
+        for weight, out in zip(self.weights, self.outs, strict=True):
+            q, k, v = ((x @ weight.t())[..., n * 8 : n * 8 + 8].unflatten(-1, (2, 4)).transpose(1, 2) for n in range(3))
+            scores = (q @ k.transpose(-2, -1) * 0.7).masked_fill(self.hidden(x.shape[1]), -1e9)
+            x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ out.t()
+        return x
+
+    @staticmethod
+    def hidden(length):
+        place = torch.arange(length)
+        return place[None] > place[:, None]
+
+    def site(self, number: int) -> AttentionSite:
+        name = f"weights.{number}"
+        q, k, v = (Projection(weight=WeightRef(name=name, rows=((n, n + 8),))) for n in (0, 8, 16))
+        return AttentionSite(
+            fqn=f"#{number}",
+            layer=number,
+            place="graph",
+            q=q,
+            k=k,
+            v=v,
+            o=Projection(weight=WeightRef(name=f"outs.{number}")),
+            hidden_size=16,
+            heads=2,
+            kv_heads=2,
+            head_dim=4,
+            v_head_dim=4,
+            scale=0.7,
+            mask=Mask(kind="causal"),
+            call=CallContract(hidden=ArgPath(position=0)),
+        )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from attentions import FUSED, WINDOW, WINDOWED, build, difference, hand, tokens
+from attentions import FUSED, WINDOW, WINDOWED, Twice, build, difference, hand, tokens
 from torch import nn
 
 import fla_swap as fs
+from fla_swap.errors import RewriteError
+from fla_swap.types import LayerPlan, Mask, Projection, WeightRef
 
 
 def export(model: nn.Module, *, dynamic: bool = False, **inputs: torch.Tensor) -> torch.export.ExportedProgram:
@@ -118,3 +122,49 @@ def test_what_no_operator_computes_is_left_alone_with_the_reason(options, traini
 def test_dropout_that_drops_nothing_is_no_obstacle():
     model, x = hand(dropout=0.1)
     assert len(fs.rewrite(torch.export.export(model, (x,)), check=True).records) == 1
+
+
+def plan_of(model: nn.Module, mixer: str) -> fs.SwapPlan:
+    return fs.plan(fs.inspect(model), mixer=mixer, keep=0, local=True)
+
+
+@pytest.mark.parametrize(("family", "dynamic"), [("llama", True), ("gpt_oss", False), ("gemma2", False)])
+def test_softmax_in_every_planned_place_changes_nothing(family, dynamic):
+    model = build(family)
+    result = fs.rewrite(export(model, dynamic=dynamic), plan_of(model, "softmax"), check=True)
+    assert [r.replacement for r in result.records] == ["mixers.0", "mixers.1"]
+    assert [r.facts["site"] for r in result.records] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    ids = tokens(2, 21)
+    wanted = model(input_ids=ids, use_cache=False).logits
+    assert difference(wanted, result.module()(input_ids=ids, use_cache=False).logits) < 1e-5
+
+
+def test_attention_without_a_module_gets_a_mixer_that_trains_and_the_rest_stays_shared():
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(2, 13, 16)
+    plan = fs.SwapPlan(layers=tuple(LayerPlan(site=model.site(n), mixer=m) for n, m in enumerate(("gla", "softmax"))))
+    result = fs.rewrite(torch.export.export(model, (x,)), plan)
+    module = result.module()
+    module(x).square().mean().backward()
+    mixer = module.get_submodule("mixers.0")
+    assert mixer.name == "gla" and float(mixer.q_proj.weight.grad.abs().max()) > 0
+    assert torch.equal(mixer.q_proj.weight, model.weights[0][:8])
+    assert {n for n, _ in module.named_parameters() if not n.startswith("mixers.")} == set()
+    both = fs.SwapPlan(layers=tuple(LayerPlan(site=model.site(n), mixer="softmax") for n in (0, 1)))
+    assert difference(model(x), fs.rewrite(torch.export.export(model, (x,)), both).module()(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"scale": 0.71}, "differs from the planned site"),
+        ({"mask": Mask(kind="window", window=5)}, "differs from the planned site"),
+        ({"o": Projection(weight=WeightRef(name="outs.1"))}, "no attention of this program goes through"),
+    ],
+)
+def test_a_site_that_the_program_does_not_compute_is_an_error(change, reason):
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(2, 13, 16)
+    plan = fs.SwapPlan(layers=(LayerPlan(site=dataclasses.replace(model.site(0), **change), mixer="gla"),))
+    with pytest.raises(RewriteError, match=reason):
+        fs.rewrite(torch.export.export(model, (x,)), plan)

@@ -183,8 +183,8 @@ def _check_region(region: Sequence[fx.Node], recognised: Sequence[fx.Node], leng
 def _sinks(ref: Any, graph: CapturedGraph, anchor: fx.Node) -> fx.Node | None:
     if ref is None:
         return None
-    found = [n for n in graph.nodes if n.op == "placeholder" and graph.weights.get(n.name) == ref.name]
-    if len(found) != 1 or ref.rows is not None:
+    found = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") and graph.weights.get(n.name) == ref.name]
+    if not found or ref.rows is not None:
         raise CoreRefused("the sinks are not one stored vector", anchor)
     return found[0]
 

@@ -22,7 +22,7 @@ from fla_swap.types import Mask
 
 TOLERANCE = 1e-4
 _LONGEST = 16384
-_PROVABLE = 2**24
+PROVABLE = 2**24
 _CLOSURE = 256
 
 
@@ -132,7 +132,7 @@ class _Search:
 
     def _prove(self, core: Core, spec: Replacement) -> None:
         """Region and replacement on random values, where the sizes allow it (always where sizes are symbols)."""
-        if torch.Size(core.lead).numel() * core.length**2 > _PROVABLE:
+        if torch.Size(core.lead).numel() * core.length**2 > PROVABLE:
             return
         like = {"device": torch.device("cpu"), "lead": core.lead, "dtype": torch.float32, "out_dtype": torch.float32}
         try:

@@ -13,27 +13,45 @@ from torch.utils._pytree import tree_leaves
 from fla_swap.errors import RewriteError
 from fla_swap.rewriting.exact import rewrite_graph
 from fla_swap.rewriting.records import Rewrite
+from fla_swap.rewriting.sites import rewrite_sites
 from fla_swap.rewriting.twins import Traced
+from fla_swap.types import SwapPlan
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
-def rewrite(program: ExportedProgram, *, check: bool = False, example_inputs: Inputs | None = None) -> Rewrite:
+def rewrite(
+    program: ExportedProgram,
+    plan: SwapPlan | None = None,
+    *,
+    check: bool = False,
+    example_inputs: Inputs | None = None,
+) -> Rewrite:
     """Replace every attention of an exported program by an operator that computes the same function.
 
     Causal and bidirectional attention becomes `scaled_dot_product_attention` without a mask tensor; windows, chunks,
     softcap, sinks and ALiBi become `fla_swap.ops.window_attention`. Only what is understood and proved is replaced: an
     attention whose mask depends on what the model reads (a padding mask, say) stays, and `.skipped` says why.
 
+    With a `plan`, mixers take the place of the planned sites instead, whether these have a module of their own or not:
+    `.module()` is then a GraphModule whose `mixers.<layer>` are trained like any module; all other weights are shared.
+
     Args:
         program: from `torch.export.export`, before `run_decompositions`; sizes may be dynamic. It is not changed. The
             values of its buffers (a stored mask, slopes) are read now.
-        check: run the program before and after, and compare.
+        plan: from `fs.plan`, of the same model.
+        check: run the program before and after, and compare. With a plan, only where its mixers are "softmax".
         example_inputs: (args, kwargs) for the check; None takes the program's own.
     Raises:
-        RewriteError: the outputs differ by more than their dtype's rounding, or there is nothing to check with.
+        RewriteError: the outputs differ by more than their dtype's rounding, or there is nothing to check with; a
+            planned site is not in the program, or the program computes something else there.
     """
+    if plan is not None:
+        result = rewrite_sites(program, plan)
+        if check:
+            compare(program, result, example_inputs)
+        return result
     copy = _copied(program)
     found = rewrite_graph(_traced(program, copy))
     if not found.records:
