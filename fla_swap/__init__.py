@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         perplexity,
     )
     from fla_swap.errors import FlaSwapError
-    from fla_swap.inspection import inspect
+    from fla_swap.inspection import inspect, prove
     from fla_swap.patterns.plugins import installed_recognisers
     from fla_swap.planning import Rule, load_plan, plan, save_plan
     from fla_swap.reporting import report_html, report_table
@@ -60,6 +60,7 @@ __all__ = [
     "original_attention",
     "perplexity",
     "plan",
+    "prove",
     "report_html",
     "report_table",
     "restore_",
@@ -84,7 +85,7 @@ _SOURCES = {
         "perplexity",
     ),
     "errors": ("FlaSwapError",),
-    "inspection": ("inspect",),
+    "inspection": ("inspect", "prove"),
     "patterns.plugins": ("installed_recognisers",),
     "planning": ("Rule", "load_plan", "plan", "save_plan"),
     "reporting": ("report_html", "report_table"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -18,10 +18,19 @@ from fla_swap.patterns.graph import CapturedGraph, _ops
 NUMBER = _ops("item", "_local_scalar_dense", "nonzero", "is_nonzero")
 
 
-def capture(model: nn.Module, inputs: Inputs, *, length: int, limit: int = 2**31) -> CapturedGraph:
+def capture(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    length: int,
+    limit: int = 2**31,
+    name: str = "",
+    closed: Callable[[str, Any], bool] = closed_input,
+) -> CapturedGraph:
     """Export `model(*args, **kwargs)` in eval mode and return its graph. The model is left as it was.
 
-    `limit` is the longest input that the model takes.
+    `limit` is the longest input that the model takes. `name`: where it stands in a larger model, by whose names modules
+    and weights are called in the graph. `closed(name, value)`: which inputs do not carry what the model reads.
 
     Raises CaptureError when `torch.export` cannot follow the model: the message says where, and how to capture a
     submodule instead.
@@ -31,7 +40,7 @@ def capture(model: nn.Module, inputs: Inputs, *, length: int, limit: int = 2**31
         if isinstance(found, Exception):
             first = first or found
             continue
-        graph = _graph(found, inputs, length, limit)
+        graph = _graph(found, inputs, length, limit, name, closed)
         if not found.branched or not _decides_on_data(graph):
             return graph
     assert first is not None
@@ -55,11 +64,14 @@ def _advice(model: nn.Module, error: Exception) -> str:
         trace = trace.tb_next
     return (
         f"torch.export could not follow {type(model).__name__}: {first} (last line outside torch: {where}). "
-        "Inspect the part that holds the attention instead: fs.inspect(model.get_submodule(NAME), example_inputs)."
+        "Inspect the parts that hold the attention: fs.inspect(model, example_inputs, within=[NAME, …]) exports "
+        "those submodules alone, called as the model calls them."
     )
 
 
-def _graph(found: Exported, inputs: Inputs, length: int, limit: int) -> CapturedGraph:
+def _graph(
+    found: Exported, inputs: Inputs, length: int, limit: int, name: str, closed: Callable[[str, Any], bool]
+) -> CapturedGraph:
     exported = found.program
     module = exported.graph_module
     inline_regions(module)
@@ -68,8 +80,8 @@ def _graph(found: Exported, inputs: Inputs, length: int, limit: int) -> Captured
     expand_contractions(module, weights)
     values: dict[str, Any] = {}
     stored = {**exported.state_dict, **exported.constants}
-    for placeholder, name in {**weights, **signature.inputs_to_lifted_tensor_constants}.items():
-        values[placeholder] = stored[name]
+    for placeholder, weight in {**weights, **signature.inputs_to_lifted_tensor_constants}.items():
+        values[placeholder] = stored[weight]
     data = set()
     leaves = tree_leaves(inputs)
     users = [n for n in module.graph.nodes if n.op == "placeholder" and n.name not in values]
@@ -80,10 +92,13 @@ def _graph(found: Exported, inputs: Inputs, length: int, limit: int) -> Captured
             first = passed.setdefault(id(leaf), node)
             if first is not node:  # the same tensor in two places is one tensor
                 node.replace_all_uses_with(first)
-        if closed_input(node.name, leaf):
+        if closed(node.name, leaf):
             values[node.name] = leaf
         else:
             data.add(node.name)
+    if name:
+        _qualify(module, name)
+        weights = {placeholder: f"{name}.{weight}" for placeholder, weight in weights.items()}
     return CapturedGraph(
         module=module,
         weights=weights,
@@ -95,6 +110,15 @@ def _graph(found: Exported, inputs: Inputs, length: int, limit: int) -> Captured
         branched=found.branched,
         opaque=found.opaque,
     )
+
+
+def _qualify(module: fx.GraphModule, name: str) -> None:
+    """Call the modules in the graph by their names in the model around it."""
+    for node in module.graph.nodes:
+        stack = node.meta.get("nn_module_stack", {})
+        node.meta["nn_module_stack"] = {
+            key: (f"{name}.{path}" if path else name, kind) for key, (path, kind) in stack.items()
+        }
 
 
 def inline_regions(module: fx.GraphModule) -> None:

@@ -161,6 +161,21 @@ def padding_masks(inputs: Inputs) -> list[Tensor]:
     return [~mask for mask in found]
 
 
+def sizes_of(inputs: Inputs) -> list[Any]:
+    return [v.shape for v in (*inputs[0], *inputs[1].values()) if isinstance(v, Tensor)]
+
+
+def given_tokens(inputs: Inputs, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """bool [B, T] of the tokens that are no padding, and the positions, as the model was given them."""
+    given = [*inputs[0], *inputs[1].values()]
+    device = next((v.device for v in given if isinstance(v, Tensor)), None)
+    valid = torch.ones(batch, length, dtype=torch.bool, device=device)
+    valid = next((m for m in padding_masks(inputs) if m.shape == valid.shape), valid)
+    named = [v for n, v in inputs[1].items() if "position_ids" in n and isinstance(v, Tensor)]
+    counted = torch.arange(length, device=device).expand(batch, length)
+    return valid, next((v for v in named if v.shape == valid.shape), counted)
+
+
 def closed_input(name: str, value: Any) -> bool:
     """Whether an input says which tokens there are and where, instead of what they are: masks and positions."""
     if not isinstance(value, Tensor):

@@ -62,27 +62,33 @@ def _region(fqn: str, graph: CapturedGraph) -> Key:
 
 
 class ProveOnce:
-    """Proves one site of each structure; the others get its result. `groups` counts the sites of each, by its first."""
+    """Proves one site of each structure; the others get its result. `groups` counts the sites of each, by its first.
 
-    def __init__(self, graph: CapturedGraph):
-        self.graph = graph
+    `graphs`: the captures that hold the sites; a site in none of them is proved by itself.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: list[CapturedGraph] = []
         self.groups: dict[str, int] = {}
         self._results: dict[Key, tuple[str, Any]] = {}
 
     def __call__(self, site: AttentionSite, prove: Callable[[], Any]) -> Any:
         """What `prove()` returns, or the VerificationError that it raises, for the first site of this structure."""
-        key = structure(site, self.graph)
+        graph = next((g for g in self.graphs if inside_of(site.fqn, g)), None)
+        key = None if graph is None else structure(site, graph)
         if key is None:
-            return prove()
+            result = prove()
+            self.groups[site.fqn] = 1
+            return result
         if key not in self._results:
             try:
                 self._results[key] = site.fqn, prove()
             except VerificationError as error:
                 self._results[key] = site.fqn, error
         first, result = self._results[key]
-        self.groups[first] = self.groups.get(first, 0) + 1
         if isinstance(result, VerificationError):
             raise result if first == site.fqn else VerificationError(f"as {first}, whose graph is the same: {result}")
+        self.groups[first] = self.groups.get(first, 0) + 1
         return result
 
     def note(self) -> str:

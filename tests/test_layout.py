@@ -18,6 +18,7 @@ STAGES = (
     "contract",
     "matching",
     "exportable",
+    "parts",
     "structure",
     "verification",
     "crosscheck",
@@ -34,6 +35,7 @@ STAGES = (
 COMPOSERS = {
     "inspection": {"capture", "matching", "verification"},
     "distillation": {"swapping"},
+    "parts": {"contract", "model_inputs"},
     "module_checkpoint": {"planning", "swapping", "folders"},
     "checkpoint": {"planning", "swapping", "registration", "folders", "module_checkpoint"},
 }
