@@ -124,7 +124,7 @@ def _prove(model: nn.Module, site: AttentionSite, example: Example | None, proof
     session.choose_length(site)
     found, misses = session.finish((site,), verify=True)
     if misses:
-        raise VerificationError(f"{site.fqn}: {misses[0].reason}")
+        raise VerificationError(f"{site.fqn}: {misses[0].reason.removeprefix(f'{site.fqn}: ')}")
     said = dataclasses.replace(site.call, residual=None, time_first=False)
     if said != CallContract(hidden=ArgPath(position=0)) and site.call != found[0].call:
         raise VerificationError(f"{site.fqn}: the site says {site.call}, the module is called as {found[0].call}")

@@ -84,7 +84,7 @@ def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
     if not error <= TOLERANCE:
         raise VerificationError(
             f"{site.fqn}: the rebuilt attention differs from the module's own output by {error:.2e} (relative, fp32; "
-            f"at most {TOLERANCE:.0e} is accepted): {site.source} computes something that the site does not say"
+            f"at most {TOLERANCE:.0e} is accepted): {site.source or 'it'} computes something that the site does not say"
         )
     keys = call.valid if call.memory_valid is None else call.memory_valid
     dropout = _dropout(twin, args, kwargs, (call.valid.shape[1], keys.shape[1]))

@@ -136,8 +136,8 @@ def test_parts_that_are_not_there_or_not_called_are_errors() -> None:
 # Sites stated by hand
 
 
-class Sorted(nn.Module):
-    """Causal attention that the grammar refuses: its scores pass through two steps that cancel out."""
+class Roundabout(nn.Module):
+    """Causal attention that the grammar refuses: its scores are taken apart and put together again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,8 @@ class Sorted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (2, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        scores = (q @ k.transpose(-1, -2)).mul(8**-0.5).exp().log()
+        scores = (q @ k.transpose(-1, -2)).mul(8**-0.5)
+        scores = scores.sign() * scores.abs()
         hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         return self.o((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -166,7 +167,7 @@ def by_hand(fqn: str, **changes: object) -> AttentionSite:
 
 def test_a_site_stated_by_hand_is_proved_and_planned_among_the_others() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(Sorted(), Sorted())
+    model = nn.Sequential(Roundabout(), Roundabout())
     assert not inspect(model, EXAMPLE, strict=False).sites
     site = prove(model, by_hand("1"), EXAMPLE)
     assert site.proved and site.max_error is not None and site.max_error < 1e-5 and site.call == DEFAULT_CALL
@@ -203,6 +204,8 @@ def test_how_a_stated_sites_module_is_called_is_observed() -> None:
 )
 def test_a_wrong_site_is_an_error_with_its_reason(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(VerificationError, match=reason):
-        prove(nn.Sequential(Sorted(), Sorted()), dataclasses.replace(by_hand("0"), **changes), EXAMPLE)
+        prove(nn.Sequential(Roundabout(), Roundabout()), dataclasses.replace(by_hand("0"), **changes), EXAMPLE)
     with pytest.raises(VerificationError, match=reason):
-        inspect(nn.Sequential(Sorted(), Sorted()), EXAMPLE, sites=[dataclasses.replace(by_hand("0"), **changes)])
+        inspect(
+            nn.Sequential(Roundabout(), Roundabout()), EXAMPLE, sites=[dataclasses.replace(by_hand("0"), **changes)]
+        )
