@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from models import tiny
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
+from fla_swap.checkpoint import load, save
 from fla_swap.errors import CaptureError, VerificationError
 from fla_swap.inspection import inspect, prove
 from fla_swap.mixers.base import is_quantised
@@ -62,6 +65,19 @@ def test_quantised_models_are_proved_and_swapped_from_their_dequantised_weights(
     assert float((logits(model) - output).abs().max()) < 0.05 * float(output.abs().max())
     restore_(model)
     assert model.get_submodule("model.layers.0.self_attn") is attention and torch.equal(logits(model), output)
+
+
+def test_a_model_loaded_with_a_torchao_config_is_swapped_saved_and_loaded_again(tmp_path: Path) -> None:
+    tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", dtype=torch.bfloat16, quantization_config=config
+    )
+    swap_(model, plan(inspect(model), mixer="window", keep=[1]))
+    loaded = load(save(model, tmp_path / "out"))
+    assert torch.equal(logits(loaded), logits(model))
+    assert is_quantised(loaded.get_parameter("model.layers.1.self_attn.q_proj.weight"))
+    assert not is_quantised(loaded.get_parameter("model.layers.0.self_attn.mixer.q_proj.weight"))
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn"])
