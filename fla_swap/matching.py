@@ -26,7 +26,7 @@ from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classif
 from fla_swap.patterns.norm import NormRefused, state_norm
 from fla_swap.patterns.output import Boundary, Output, OutwardsRefused, Places, check_order, find_outwards, output_facts
 from fla_swap.patterns.parts import Part, agree
-from fla_swap.patterns.path import Path, paths_disagree, walk_path
+from fla_swap.patterns.path import Path, paths_disagree, projected_elsewhere, walk_path
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.rope import same_rotation
 from fla_swap.types import AttentionSite, Mask, NearMiss, Norm, Projection
@@ -206,6 +206,9 @@ class _Attempt:
 
     def _outwards(self, outs: Sequence[fx.Node], inputs: Sequence[Linear]) -> tuple[Output, Boundary]:
         """What stands after the cores, and the owner around it all."""
+        elsewhere = projected_elsewhere(self.node, inputs)
+        if elsewhere is not None:
+            raise _Stop("owner", elsewhere, self.node)
         cores = [n for n, r in core_nodes(self.graph, self.patterns) if isinstance(r, Found)]
         try:
             found = find_outwards(outs, inputs, [m[0] for m in self.members], cores, self.graph)

@@ -97,10 +97,27 @@ def classify(tables: Sequence[MaskTable]) -> Mask:
     for candidate in _candidates(max(tables, key=lambda t: t.seen.shape[0]).seen):
         if all(torch.equal(expected(candidate, t.seen.shape[0], keys=t.seen.shape[1]), t.seen) for t in tables):
             return candidate
+    known = {_other_kind(t.seen) for t in tables}
+    if len(known) == 1 and None not in known:
+        raise MaskRefused(f"{known.pop()}: a site states causal, window, chunked and bidirectional masks")
     raise MaskRefused(
         "the mask is neither causal, a window, chunked nor bidirectional at lengths "
         + ", ".join(str(t.seen.shape[0]) for t in tables)
     )
+
+
+def _other_kind(seen: Tensor) -> str | None:
+    """The name of a mask that is known, but that a site has no word for."""
+    j, i = torch.arange(seen.shape[1])[None, :], torch.arange(seen.shape[0])[:, None]
+    first = int(seen[0].sum())
+    if torch.equal(seen, (j <= i) | (j < first)):
+        return f"a prefix-LM mask (the first {first} tokens see each other)"
+    if torch.equal(seen, (i - j).abs() < first):
+        return f"a bidirectional window of {first - 1} tokens to either side"
+    for size in range(1, seen.shape[0]):
+        if torch.equal(seen, i // size == j // size):
+            return f"bidirectional blocks of {size} tokens"
+    return None
 
 
 def expected(mask: Mask, length: int, start: int = 0, *, keys: int | None = None) -> Tensor:
@@ -148,8 +165,22 @@ def alibi_slopes(table: MaskTable, heads: int) -> tuple[float, ...] | None:
     rest = bias - slopes[:, None, None] * j
     rest = rest - rest.diagonal(dim1=-2, dim2=-1)[..., None]
     if float(rest.masked_fill(~table.seen, 0.0).abs().max()) > 1e-4 * float(bias.abs().max()):
+        if _by_distance(bias, table.seen):
+            raise MaskRefused(
+                "a bias on the scores by relative position (learned, as T5's?) that is not ALiBi: no line"
+            )
         raise MaskRefused("a bias on the scores that is not ALiBi")
     return tuple(float(s) for s in slopes)
+
+
+def _by_distance(bias: Tensor, seen: Tensor) -> bool:
+    """Whether bias [H, T, T] depends on key − query alone, where it is seen."""
+    for distance in range(1 - seen.shape[0], seen.shape[1]):
+        line, kept = bias.diagonal(distance, -2, -1), seen.diagonal(distance)
+        values = line[:, kept]
+        if values.shape[-1] > 1 and float((values - values[:, :1]).abs().max()) > 1e-5:
+            return False
+    return True
 
 
 def length_hints(terms: Sequence[MaskTerm], graph: CapturedGraph) -> set[int]:

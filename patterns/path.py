@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fla_swap.patterns.base import ABSENT, Found, Recogniser, Refused, Result
-from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, op_name
+from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, modules_of, op_name
 from fla_swap.patterns.norm import NormFacts
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.rope import same_rotation
@@ -134,3 +134,15 @@ def paths_disagree(q: Path, k: Path, v: Path) -> tuple[str, str] | None:
     if q.norm is not None and k.norm is not None and q.norm_after_rope != k.norm_after_rope:
         return "norm", "one of q and k is normed before, the other after the rotation"
     return None
+
+
+def projected_elsewhere(core: fx.Node, linears: Sequence[Linear]) -> str | None:
+    """The reason when the core's module projects its queries, but not its keys and values (layers share them)."""
+    owners = modules_of(core)
+    q, *others = (modules_of(linear.out) for linear in linears)
+    if not owners or owners[-1] not in q:
+        return None
+    outside = next((o[-1] for o in others if o and owners[-1] not in o), None)
+    if outside is None:
+        return None
+    return f"keys and values come from {outside!r}, outside {owners[-1]!r}: layers share them, a site has its own"

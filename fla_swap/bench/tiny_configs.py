@@ -89,7 +89,14 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 1e4}, "ffn_config": None},
+    "axk1": {"head_dim": 8},
+    "dbrx": {
+        "num_key_value_heads": 2,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 1e4},
+        "ffn_config": None,
+    },
+    "deepseek_v2": {"head_dim": 8, "num_experts_per_tok": 2},
+    "deepseek_v3": {"head_dim": 8},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
     "distilbert": {"dim": 64, "hidden_dim": 96},

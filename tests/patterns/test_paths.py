@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fla_swap.capture import capture
 from fla_swap.inspection import inspect
+from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify
 from fla_swap.patterns.weights import Spread, WeightsRefused, read_spread
 from fla_swap.types import AttentionSite, LowRank, NearMiss, Norm, Temperature, WeightRef
 
@@ -391,3 +392,60 @@ def test_entries_of_one_and_of_several_parameters() -> None:
 )
 def test_computed_values_are_no_entries(body: Any) -> None:
     assert spread(body) is None
+
+
+class Lent(nn.Module):
+    """Two attentions, of which the second takes its keys and values from the first one's projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(lambda m, q, k, v, x: (q, k, v)), Borrower()
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.first.k(x), self.first.v(x)
+        return x + self.second(F.silu(x), k, v)
+
+
+class Borrower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in (self.q(x), k, v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def test_keys_and_values_of_another_layer_are_named() -> None:
+    (near,) = inspect(Lent(), torch.randn(1, 7, WIDTH), strict=False).near_misses
+    assert near.slot == "owner" and "keys and values come from 'first.k', outside 'second'" in near.reason
+
+
+# Masks that are known, but that a site has no word for
+
+
+@pytest.mark.parametrize(
+    ("seen", "reason"),
+    [
+        (lambda i, j: (j <= i) | ((i < 4) & (j < 4)), "prefix-LM mask .the first 4 tokens"),
+        (lambda i, j: (i - j).abs() <= 3, "bidirectional window of 3 tokens to either side"),
+        (lambda i, j: i // 4 == j // 4, "bidirectional blocks of 4 tokens"),
+        (lambda i, j: (j <= i) & ((i - j) % 3 != 1), "neither causal"),
+    ],
+)
+def test_masks_without_a_word_are_named(seen: Any, reason: str) -> None:
+    tables = [MaskTable(seen=seen(torch.arange(n)[:, None], torch.arange(n)[None]), bias=None) for n in (13, 29)]
+    with pytest.raises(MaskRefused, match=reason):
+        classify(tables)
+
+
+def test_a_bias_by_relative_position_is_named() -> None:
+    steps = torch.arange(13)
+    distance = (steps[:, None] - steps[None]).clamp(0, 5)
+    seen = steps[None] <= steps[:, None]
+    learned = torch.randn(2, 6)[:, distance].masked_fill(~seen, 0.0)
+    with pytest.raises(MaskRefused, match="by relative position"):
+        alibi_slopes(MaskTable(seen=seen, bias=learned), 2)
+    learned[0, 5, 2] += 1
+    with pytest.raises(MaskRefused, match=r"that is not ALiBi$"):
+        alibi_slopes(MaskTable(seen=seen, bias=learned), 2)
