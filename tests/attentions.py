@@ -64,16 +64,20 @@ def tokens(batch: int, length: int) -> torch.Tensor:
 class Hand(nn.Module):
     """Attention that nobody registered anywhere, with a stored triangular mask (as in minimal GPTs)."""
 
-    def __init__(self, *, dropout: float = 0.0, weights: bool = False, bias: float = 0.0, cap: bool = False):
+    def __init__(self, *, dropout=0.0, weights=False, bias=0.0, cap=False, turned=False, einsum=False):
         super().__init__()
         self.qkv, self.out, self.drop = nn.Linear(16, 48), nn.Linear(16, 16), nn.Dropout(dropout)
-        self.given = SimpleNamespace(weights=weights, bias=bias, cap=cap)
+        self.given = SimpleNamespace(weights=weights, bias=bias, cap=cap, turned=turned, einsum=einsum)
         self.register_buffer("seen", torch.ones(32, 32).tril().view(1, 1, 32, 32))
 
     def forward(self, x):
         batch, length, width = x.shape
         q, k, v = (y.view(batch, length, 4, -1).transpose(1, 2) for y in self.qkv(x).split(width, 2))
         scores = q @ k.transpose(-2, -1) / math.sqrt(k.shape[-1])
+        if self.given.turned:
+            scores = scores.transpose(-2, -1)
+        if self.given.einsum:
+            scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(k.shape[-1])
         if self.given.bias:
             place = torch.arange(length, device=x.device)
             scores = scores + self.given.bias * (place[None] - place[:, None]) ** 2

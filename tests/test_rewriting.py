@@ -95,8 +95,9 @@ def test_a_graph_without_attention_passes_through_and_says_so():
     assert result.note == "no attention was found: the program is unchanged"
 
 
-def test_hand_written_attention_with_a_stored_mask_is_rewritten():
-    model, x = hand()
+@pytest.mark.parametrize("einsum", [False, True])
+def test_hand_written_attention_with_a_stored_mask_is_rewritten(einsum):
+    model, x = hand(einsum=einsum)
     result = fs.rewrite(torch.export.export(model, (x,)), check=True)
     (record,) = result.records
     assert record.replacement == FUSED and record.facts["mask"] == "causal" and record.facts["scale"] == 0.5
@@ -110,6 +111,7 @@ def test_hand_written_attention_with_a_stored_mask_is_rewritten():
         ({"dropout": 0.1}, True, "dropout acts on the probabilities"),
         ({"bias": -0.1}, False, "not ALiBi"),
         ({"cap": True}, False, "a tanh without a factor"),
+        ({"turned": True}, False, "transpose.int among the scores is not understood"),
     ],
 )
 def test_what_no_operator_computes_is_left_alone_with_the_reason(options, training, reason):

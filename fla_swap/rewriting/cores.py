@@ -9,6 +9,7 @@ Legend: L leading dimensions (batch and heads), T tokens, K key width, V value w
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +20,14 @@ from torch import Tensor, fx
 from fla_swap.errors import NoValue
 from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
-from fla_swap.patterns.graph import CAST, DROPOUT, CapturedGraph, _ops, argument, op_name, shape
+from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, op_name, shape
 from fla_swap.patterns.rows import RowEvaluator, RowsRefused
 from fla_swap.rewriting.masks import MaskUnknown, Term, Visible, read_mask
 
 _FACTS = frozenset({"q", "k", "v", "out", "k_transposed", "scale", "mask", "causal", "dropout", "softcap", "sinks"})
 _PLACES = frozenset({"product", "scores", "dim", "same", "mixed", "v_first"})
 _KEPT = _ops("view", "reshape", "_unsafe_view", "contiguous", "clone", "alias", "detach", "unsqueeze", "squeeze")
-_SLICE = _ops("slice")
+_SLICE, _GETITEM, _CAT = _ops("slice"), frozenset({operator.getitem}), _ops("cat", "concat")
 SDPA_OPS = _ops("scaled_dot_product_attention")
 _PRODUCT = _ops("matmul", "bmm", "baddbmm")
 _REGION = 64
@@ -166,8 +167,10 @@ def _check_region(region: Sequence[fx.Node], recognised: Sequence[fx.Node], leng
     for node in region[:-1]:
         if "_assert_tensor_metadata" in str(node.target):
             continue
-        understood = node in known or node.target in CAST | DROPOUT | _KEPT | _SLICE or "getitem" in str(node.target)
-        if not understood:
+        # Of movements only those that keep every row of scores where it is, whatever a recogniser says of them.
+        moved = node.target in LAYOUT and node.target not in _KEPT | _SLICE | _GETITEM | _CAT
+        understood = node in known or node.target in CAST | DROPOUT | _KEPT | _SLICE | _GETITEM
+        if moved or not understood:
             raise CoreRefused(f"{op_name(node)} among the scores is not understood", node)
         if node.target in DROPOUT and float(argument(node, 1, "p", 0.5)) > 0 and bool(argument(node, 2, "train", True)):
             raise CoreRefused("dropout acts on the probabilities", node)

@@ -11,6 +11,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from fla_swap.errors import RewriteError
+from fla_swap.patterns.contractions import expand_contractions
 from fla_swap.rewriting.exact import rewrite_graph
 from fla_swap.rewriting.records import Rewrite
 from fla_swap.rewriting.sites import rewrite_sites
@@ -53,7 +54,10 @@ def rewrite(
             compare(program, result, example_inputs)
         return result
     copy = _copied(program)
-    found = rewrite_graph(_traced(program, copy))
+    traced = _traced(program, copy)
+    if not traced.symbols():
+        expand_contractions(copy, traced.weights)
+    found = rewrite_graph(traced)
     if not found.records:
         note = "no attention was rewritten" if found.skipped else "no attention was found"
         return Rewrite(program=program, skipped=found.skipped, note=f"{note}: the program is unchanged")
