@@ -23,6 +23,7 @@ from fla_swap.patterns.graph import (
     shape,
 )
 from fla_swap.patterns.normalise import find_softmax
+from fla_swap.patterns.steps import MUL
 
 SDPA = _ops("scaled_dot_product_attention")
 PRODUCT = _ops("matmul", "bmm")
@@ -198,9 +199,9 @@ class SoftmaxCore:
                     blocked.append(user)
         if len(found) != 1:
             if not found and len(blocked) == 1:
-                return Refused(
-                    f"{op_name(blocked[0])} between the softmax and the values is not understood", blocked[0]
-                )
+                reason = f"{op_name(blocked[0])} between the softmax and the values"
+                scaled = "scales the probabilities, which a site cannot state"
+                return Refused(f"{reason} {scaled if blocked[0].target in MUL else 'is not understood'}", blocked[0])
             return Refused(f"the softmax goes into {len(found)} products with values, expected one", node)
         ((product, (walk, dropout, dropped)),) = found.items()
         left, right = product.args[:2]

@@ -82,6 +82,9 @@ def walk_path(start: fx.Node, recognisers: Sequence[Recogniser], graph: Captured
             continue
         inputs = graph.open_inputs(node)
         if node.target not in LAYOUT | CAST | DROPOUT:
+            if len(inputs) > 1:
+                reason = f"{op_name(node)} mixes {len(inputs)} tensors between the projection and the core"
+                return Refused(f"{reason} (a value residual?): a site has one projection there", node)
             return Refused(f"{op_name(node)} between the projection and the core is not understood", node)
         if len(inputs) != 1:
             return Refused(f"{op_name(node)} of {len(inputs)} tensors between the projection and the core", node)

@@ -243,3 +243,40 @@ def test_differential_attention_is_named() -> None:
     assert not report.sites
     reasons = [m.reason for m in report.near_misses]
     assert any("2 attention cores, as differential attention does" in r for r in reasons), reasons
+
+
+class Probabilities(nn.Module):
+    """Written-out softmax attention with a twist on the probabilities or the values."""
+
+    def __init__(self, twist: str):
+        super().__init__()
+        self.twist = twist
+        self.qkv, self.extra, self.o = nn.Linear(D, 3 * D), nn.Linear(D, D), nn.Linear(D, D)
+        self.scale = nn.Parameter(torch.ones(H, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, extra = (y.unflatten(-1, (H, V)).transpose(1, 2) for y in (*self.qkv(x).chunk(3, -1), self.extra(x)))
+        if self.twist == "values":
+            v = 0.5 * v + 0.5 * extra
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        weights = (q @ k.transpose(-1, -2) * V**-0.5).masked_fill(later, float("-inf")).softmax(-1)
+        if self.twist == "learned scale":
+            weights = weights * self.scale
+        if self.twist == "gated":
+            weights = weights * extra.mean(-1, keepdim=True).sigmoid()
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("twist", "slot", "reason"),
+    [
+        ("values", "v", "add.* mixes 2 tensors .* a site has one projection"),
+        ("learned scale", "scores", "mul.* scales the probabilities, which a site cannot state"),
+        ("gated", "scores", "mul.* scales the probabilities, which a site cannot state"),
+    ],
+)
+def test_changed_probabilities_and_mixed_values_are_named(twist: str, slot: str, reason: str) -> None:
+    report = report_of(Probabilities(twist))
+    (miss,) = report.near_misses
+    assert not report.sites and miss.slot == slot
+    assert re.search(reason, miss.reason), miss.reason
