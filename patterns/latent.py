@@ -9,7 +9,7 @@ from torch import fx
 
 from fla_swap.patterns.adapters import match_linear
 from fla_swap.patterns.base import Found
-from fla_swap.patterns.graph import CAST, CONTRACTION, DROPOUT, LAYOUT, CapturedGraph, alias_root, modules_of
+from fla_swap.patterns.graph import CAST, CONTRACTION, DROPOUT, LAYOUT, CapturedGraph, alias_root, modules_of, shape
 from fla_swap.patterns.norm import QKNorm
 from fla_swap.patterns.projection import Linear
 
@@ -35,6 +35,15 @@ def describe_latent(core: Mapping[str, Any], owner: str, graph: CapturedGraph) -
         )
     if ranks["q"]:
         return f"low-rank queries: q goes through {max(ranks['q'])} channels, and a site states one matrix for q"
+    return None
+
+
+def turned_heads(core: Mapping[str, Any], owner: str, graph: CapturedGraph) -> tuple[str, fx.Node] | None:
+    """(reason, node) where an operand of the core is multiplied by a stored matrix after its split into heads."""
+    for side in "qkv":
+        for linear in _projections(core[side], owner, graph):
+            if len(shape(linear.x) or ()) > 3 and _follows(linear.x, owner, graph):
+                return f"{side} is multiplied by a stored matrix after its split into heads", linear.out
     return None
 
 

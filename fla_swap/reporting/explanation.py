@@ -21,6 +21,7 @@ _ADVICE = {
     "q": (_RECOGNISER.format(slot="path"), _BY_HAND),
     "k": (_RECOGNISER.format(slot="path"), _BY_HAND),
     "v": (_RECOGNISER.format(slot="path"), _BY_HAND),
+    "projection": (_RECOGNISER.format(slot="path"), _BY_HAND),
     "norm": (_RECOGNISER.format(slot="path"), _BY_HAND),
     "rope": (_RECOGNISER.format(slot="path"), _BY_HAND),
     "mask": (
