@@ -21,7 +21,7 @@ from fla_swap.patterns.cores import core_nodes, groups, sized, token_counts
 from fla_swap.patterns.graph import CapturedGraph, NotLayout, modules_of, op_name, shape, source_of
 from fla_swap.patterns.heads import HeadsRefused, number_outputs, read_heads, read_operand, read_order, share
 from fla_swap.patterns.joining import Joined
-from fla_swap.patterns.latent import describe_latent, turned_heads
+from fla_swap.patterns.latent import name_series
 from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify, evaluate_mask, length_hints
 from fla_swap.patterns.norm import NormRefused, state_norm
 from fla_swap.patterns.output import Boundary, Output, OutwardsRefused, Places, check_order, find_outwards, output_facts
@@ -120,11 +120,8 @@ class _Attempt:
         modules = modules_of(self.node)
         if stop.slot not in ("q", "k", "v", "rope", "norm", "owner") or not modules:
             return stop
-        turned = turned_heads(self._core(self.node, self.graph), modules[-1], self.graph)
-        if turned is not None:
-            return _Stop("projection", *turned) if stop.slot == "owner" else stop
-        latent = describe_latent(self._core(self.node, self.graph), modules[-1], self.graph)
-        return stop if latent is None else _Stop("projection", latent, stop.node)
+        named = name_series(self._core(self.node, self.graph), modules[-1], stop.slot, self.graph)
+        return stop if named is None else _Stop("projection", named[0], named[1] or stop.node)
 
     def run(self, layer: int) -> AttentionSite:
         parts = self._parts()

@@ -17,6 +17,17 @@ _QUIET = LAYOUT | CAST | DROPOUT
 _REACH = 80
 
 
+def name_series(
+    core: Mapping[str, Any], owner: str, slot: str, graph: CapturedGraph
+) -> tuple[str, fx.Node | None] | None:
+    """(reason, node or None) where projections stand in series and that is why `slot` did not hold; else None."""
+    turned = turned_heads(core, owner, graph)
+    if turned is not None:
+        return turned if slot == "owner" else None
+    latent = describe_latent(core, owner, graph)
+    return None if latent is None else (latent, None)
+
+
 def describe_latent(core: Mapping[str, Any], owner: str, graph: CapturedGraph) -> str | None:
     """What the projections of a core do that a site cannot state: several in series. None when they are not.
 
