@@ -55,18 +55,28 @@ def _decides_on_data(graph: CapturedGraph) -> bool:
 def _advice(model: nn.Module, error: Exception) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
-    where = ""
+    where, inside = "", ""
+    names = {id(module): name for name, module in model.named_modules()}
     trace = error.__traceback__
     while trace is not None:
         file, line = trace.tb_frame.f_code.co_filename, trace.tb_lineno
         if "/torch/" not in file:
             where = f"{file}:{line}"
+        inside = names.get(id(trace.tb_frame.f_locals.get("self")), inside)
         trace = trace.tb_next
+    inside = f" in the submodule {inside!r}" if inside else ""
+    part = next((repr(name) for name, module in model.named_modules() if name and _projections(module) >= 3), "NAME")
     return (
-        f"torch.export could not follow {type(model).__name__}: {first} (last line outside torch: {where}). "
-        "Inspect the parts that hold the attention: fs.inspect(model, example_inputs, within=[NAME, …]) exports "
+        f"torch.export could not follow {type(model).__name__}{inside}: {first} (last line outside torch: {where}). "
+        f"Inspect the parts that hold the attention: fs.inspect(model, example_inputs, within=[{part}, …]) exports "
         "those submodules alone, called as the model calls them."
     )
+
+
+def _projections(module: nn.Module) -> int:
+    """How many of its children hold a matrix."""
+    weights = (getattr(child, "weight", None) for child in module.children())
+    return sum(isinstance(w, Tensor) and w.dim() == 2 for w in weights)
 
 
 def _graph(

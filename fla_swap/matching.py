@@ -356,7 +356,8 @@ class _Attempt:
             raise _Stop("mask", reason, self.node)
         longest = max(t.seen.shape[1] for t in tables)
         hints = length_hints(part.core["mask"], self.view)
-        if mask.kind == "causal" and any(longest <= h < self.graphs[-1].limit for h in hints):
+        open_ended = mask.kind in ("causal", "bidirectional") and not self.one_length
+        if open_ended and any(longest <= h < self.graphs[-1].limit for h in hints):
             reason = f"the mask uses a constant {max(hints)}, beyond the longest length that was evaluated ({longest})"
             raise _Stop("mask", reason, self.node)
         return mask, alibi

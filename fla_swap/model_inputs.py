@@ -15,6 +15,7 @@ from fla_swap.errors import CaptureError
 BATCH = 2
 Inputs = tuple[Args, Kwargs]
 Example = Mapping[str, Any] | Sequence[Any] | Tensor
+KINDS = ("input_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 _HIDDEN = -1e4
 
 
@@ -22,8 +23,8 @@ def default_inputs(model: nn.Module, length: int, *, padded: int = 0) -> Inputs:
     """Inputs of two rows for what the model's forward asks for, no cache; sizes come from its config.
 
     Token ids [2, length] (for an encoder–decoder's decoder [2, length − 2]), each with an attention mask whose second
-    row has `padded` positions of left padding; images [2, channels, height, width] and mel features [2, bins, frames]
-    of the one size that the config states.
+    row has `padded` positions of left padding; waveforms [2, 320 · length + 80]; images [2, channels, height, width]
+    and mel features [2, bins, frames] of the one size that the config states.
 
     Raises CaptureError when the forward takes none of these.
     """
@@ -34,14 +35,16 @@ def default_inputs(model: nn.Module, length: int, *, padded: int = 0) -> Inputs:
         kwargs |= builder.image()
     if "input_features" in names:
         kwargs |= builder.features()
+    if "input_values" in names:
+        kwargs |= builder.sound()
     if "input_ids" in names:
         kwargs |= builder.ids("", length, names)
     if "decoder_input_ids" in names:
         kwargs |= builder.ids("decoder_", length - 2, names)
     if not kwargs:
         raise CaptureError(
-            f"{type(model).__name__}.forward takes none of 'input_ids', 'pixel_values', 'input_features' with sizes "
-            f"that the config states (it takes {list(names)}): pass example_inputs"
+            f"{type(model).__name__}.forward takes none of {list(KINDS)}, of sizes that the config states (it takes "
+            f"{list(names)}): pass example_inputs"
         )
     if "use_cache" in names:
         kwargs["use_cache"] = False
@@ -79,9 +82,17 @@ class _Defaults:
 
     def features(self) -> dict[str, Any]:
         bins, positions = self._stated("num_mel_bins"), self._stated("max_source_positions")
-        if not isinstance(bins, int) or not isinstance(positions, int):
-            return {}
-        return {"input_features": self._noise(BATCH, bins, 2 * positions)}
+        if isinstance(bins, int) and isinstance(positions, int):
+            return {"input_features": self._noise(BATCH, bins, 2 * positions)}
+        channels = self._stated("input_feat_per_channel")
+        return {"input_features": self._noise(BATCH, 4 * self.length, channels)} if channels else {}
+
+    def sound(self) -> dict[str, Any]:
+        """A spectrogram of the stated size, or a waveform: 320 samples for a token, as wav2vec 2.0 has them."""
+        bins, frames = self._stated("num_mel_bins"), self._stated("max_length")
+        if isinstance(bins, int) and isinstance(frames, int):
+            return {"input_values": self._noise(BATCH, frames, bins)}
+        return {"input_values": self._noise(BATCH, 320 * self.length + 80)}
 
     def _noise(self, *size: int) -> Tensor:
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)

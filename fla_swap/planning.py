@@ -21,7 +21,7 @@ from fla_swap.types import AttentionReport, AttentionSite, LayerPlan, SwapPlan, 
 Keep = str | float | Fraction | Sequence[int]
 MixerChoice = str | MixerConfig
 
-WINDOWED = ("window", "chunked")
+WINDOWED = ("window", "chunked", "local")
 PLAN_FORMAT = "fla_swap.plan"
 
 

@@ -109,8 +109,8 @@ class Rope:
 class Mask:
     """Which keys a query sees.
 
-    kind: "causal", "window", "chunked" or "bidirectional".
-    window: tokens seen, the token itself counted ("window"), or the length of a chunk ("chunked").
+    kind: "causal", "window", "chunked", "bidirectional", or "local" (bidirectional, keys nearer than `window` tokens).
+    window: tokens seen, the token itself counted ("window"; "local": on each side), or a chunk's length ("chunked").
     """
 
     kind: str

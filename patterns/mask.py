@@ -101,7 +101,7 @@ def classify(tables: Sequence[MaskTable]) -> Mask:
     if len(known) == 1 and None not in known:
         raise MaskRefused(f"{known.pop()}: a site states causal, window, chunked and bidirectional masks")
     raise MaskRefused(
-        "the mask is neither causal, a window, chunked nor bidirectional at lengths "
+        "the mask is neither causal, a window, chunked, bidirectional nor local at lengths "
         + ", ".join(str(t.seen.shape[0]) for t in tables)
     )
 
@@ -128,6 +128,8 @@ def expected(mask: Mask, length: int, start: int = 0, *, keys: int | None = None
     j, i = torch.arange(length if keys is None else keys)[None, :] - start, torch.arange(length)[:, None] - start
     if mask.kind == "bidirectional":
         return torch.ones(length, j.shape[1], dtype=torch.bool)
+    if mask.kind == "local":
+        return (i - j).abs() < (mask.window or length)
     seen = j <= i
     if mask.kind == "window":
         seen = seen & (i - j < (mask.window or length))
@@ -141,7 +143,7 @@ def _candidates(seen: Tensor) -> list[Mask]:
     starts = torch.nonzero(~seen[:, 0])
     found = [Mask(kind="causal"), Mask(kind="bidirectional")]
     if count:
-        found.append(Mask(kind="window", window=count))
+        found += [Mask(kind="window", window=count), Mask(kind="local", window=count)]
     if len(starts):
         found.append(Mask(kind="chunked", window=int(starts[0])))
     return found

@@ -61,7 +61,9 @@ class Result:
         if self.facts:
             parts.append(f"{self.proved} proved ({'; '.join(self.facts)})")
         parts += [f"refused {r}" for r in self.refusals]
-        return "; ".join(parts) or f"no attention ({self.unclaimed} other softmaxes)"
+        if self.unclaimed:
+            parts.append(f"{self.unclaimed} softmaxes in no attention that is understood (routers, block-wise code)")
+        return "; ".join(parts) or "no attention"
 
 
 def inspect_family(family: str, group: str, implementation: str) -> Result:

@@ -18,7 +18,7 @@ SIZES: tuple[tuple[int, str], ...] = (
         WIDTH,
         """hidden_size d_model n_embd embedding_size word_embed_proj_dim backbone_hidden_size lru_width
         attention_hidden_size input_embedding_size output_embedding_size dim_model_base emb_dim embed_dim
-        feed_forward_size linear_d_model""",
+        feed_forward_size linear_d_model projection_size""",
     ),
     (
         96,
@@ -85,6 +85,7 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "audio-spectrogram-transformer": {"num_mel_bins": 32, "max_length": 64},
     "blt": {"encoder_hash_byte_group_vocab": 128},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}

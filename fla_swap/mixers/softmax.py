@@ -37,7 +37,7 @@ class Softmax(HeadsMixer):
 
     name = "softmax"
     config_class = SoftmaxConfig
-    mask_kinds = ("causal", "window", "chunked", "bidirectional")
+    mask_kinds = ("causal", "window", "chunked", "bidirectional", "local")
     uses_kv_cache = True
     config: SoftmaxConfig
 
@@ -135,7 +135,9 @@ class Softmax(HeadsMixer):
         """bool [B or 1, 1, T, S]; a padded query sees itself, so that no row is empty."""
         j = torch.arange(keys, device=device)[None, :]
         i = torch.arange(keys - queries, keys, device=device)[:, None]
-        seen = (j <= i) if self.mask.kind != "bidirectional" else torch.ones_like(j <= i)
+        seen = torch.ones_like(j <= i) if self.mask.kind in ("bidirectional", "local") else j <= i
+        if self.mask.kind == "local" and self.mask.window is not None:
+            seen = (i - j).abs() < self.mask.window
         if self.mask.kind == "window" and self.mask.window is not None:
             seen = seen & (i - j < self.mask.window)
         seen = seen[None, None]

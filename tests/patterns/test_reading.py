@@ -72,6 +72,7 @@ def test_what_is_no_rotation_is_refused(sample: Tensor) -> None:
         Mask(kind="window", window=1),
         Mask(kind="window", window=7),
         Mask(kind="chunked", window=5),
+        Mask(kind="local", window=4),
     ],
 )
 def test_a_mask_is_classified_from_two_lengths(mask: Mask) -> None:
