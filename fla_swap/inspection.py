@@ -206,15 +206,15 @@ class _Inspection:
     def match(self) -> MatchResult:
         known = list(self.notes)
         matched = self._match()
-        if self.example is None or matched.varied:
+        if self.example is None or (matched.varied and matched.sites):
             return matched
-        # Nothing depends on the second dimension: the tokens may stand in the first.
+        # Nothing depends on the second dimension, or it explains nothing: the tokens may stand in the first.
         before = dict(vars(self))
         self.time_first, self.notes = True, known
         if resizable(self.model, self.example, SHORT[0], time_first=True):
             with contextlib.suppress(CaptureError):
                 other = self._match()
-                if other.varied:
+                if other.varied and (len(other.sites) > len(matched.sites) or not matched.varied):
                     return other
         vars(self).update(before)
         return matched
