@@ -358,7 +358,7 @@ class _Inspection:
         return default_inputs(self.model, length, padded=padded)
 
     def _caches(self, owners: list[str]) -> dict[str, CacheRecord]:
-        if "past_key_values" not in python_inspect.signature(self.model.forward).parameters:
+        if not _takes_cache(self.model):
             return {}
         try:
             return record_cache(self.model, owners, self._inputs(SHORT[0]))
@@ -378,6 +378,15 @@ class _Inspection:
         if config is not None:
             sizes |= {v for v in vars(config).values() if isinstance(v, int)}
         return sizes
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    """Whether a cache can be given to the model, or through it to the model that it wraps."""
+    names = python_inspect.signature(model.forward).parameters
+    if "past_key_values" in names:
+        return True
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    return passes_on and any(_takes_cache(m) for m in model.children())
 
 
 def _implementation(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -302,6 +303,16 @@ def test_what_is_no_adapter_is_refused(change: Any, reason: str) -> None:
     found = report(change, Adapted)
     assert not found.sites
     assert re.search(reason, found.near_misses[0].reason), found.near_misses[0].reason
+
+
+def test_a_wrapped_model_states_its_adapters_and_its_cache() -> None:
+    peft = pytest.importorskip("peft")
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    for found in inspect(model).sites:
+        assert found.proved and [a.scale for a in found.q.adapters] == [2.0] and not found.k.adapters
+        assert found.o is not None and found.o.adapters[0].up.name.endswith("o_proj.lora_B.default.weight")
+        assert found.call.cache is not None and found.call.cache_index == found.layer
 
 
 # Projections in series
