@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect as python_inspect
 import time
 from collections.abc import Iterable, Sequence
 
@@ -25,6 +24,7 @@ from fla_swap.model_inputs import (
     inputs_of_length,
     resizable,
     sizes_of,
+    takes_cache,
 )
 from fla_swap.parts import call_of_part
 from fla_swap.patterns.base import Recogniser
@@ -358,7 +358,7 @@ class _Inspection:
         return default_inputs(self.model, length, padded=padded)
 
     def _caches(self, owners: list[str]) -> dict[str, CacheRecord]:
-        if not _takes_cache(self.model):
+        if not takes_cache(self.model):
             return {}
         try:
             return record_cache(self.model, owners, self._inputs(SHORT[0]))
@@ -378,15 +378,6 @@ class _Inspection:
         if config is not None:
             sizes |= {v for v in vars(config).values() if isinstance(v, int)}
         return sizes
-
-
-def _takes_cache(model: nn.Module) -> bool:
-    """Whether a cache can be given to the model, or through it to the model that it wraps."""
-    names = python_inspect.signature(model.forward).parameters
-    if "past_key_values" in names:
-        return True
-    passes_on = any(p.kind is p.VAR_KEYWORD for p in names.values())
-    return passes_on and any(_takes_cache(m) for m in model.children())
 
 
 def _implementation(model: nn.Module) -> str:

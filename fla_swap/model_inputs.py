@@ -260,3 +260,12 @@ def _new_pairs(value: Tensor, lengths: Mapping[int, int]) -> Tensor:
         below = torch.ones(size, dtype=torch.bool, device=value.device).tril()
         return torch.where(below, seen, later)
     return value
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Whether a cache can be given to the model, or through it to the model that it wraps."""
+    names = inspect.signature(model.forward).parameters
+    if "past_key_values" in names:
+        return True
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    return passes_on and any(takes_cache(m) for m in model.children())
