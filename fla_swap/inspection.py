@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_ent
 from fla_swap.crosscheck import check_config, unseen_layers
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
 from fla_swap.exportable import exportable
+from fla_swap.graph_proof import prove_in_graph
 from fla_swap.lengths import rope_limit
 from fla_swap.matching import MATCHED, MatchResult, match
 from fla_swap.model_inputs import (
@@ -31,6 +32,7 @@ from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.cores import mask_lengths
 from fla_swap.patterns.graph import CapturedGraph
+from fla_swap.patterns.region import Region
 from fla_swap.structure import ProveOnce
 from fla_swap.types import ArgPath, AttentionReport, AttentionSite, CallContract, NearMiss
 from fla_swap.verification import TOLERANCE, Call, Proof, weights_of
@@ -182,14 +184,17 @@ class _Inspection:
         self.time_first = False
         self.notes: list[str] = []
         self.rope_limit: int | None = None
+        self.regions: Mapping[str, Region] = {}
 
     def run(self, stated: Sequence[str], verify: bool) -> MatchResult:
         """The finished sites and near misses, without what lies in the modules that `stated` names."""
 
         def free(fqn: str) -> bool:
+            fqn = fqn.partition("#")[0]
             return not any(not owner or fqn == owner or fqn.startswith(f"{owner}.") for owner in stated)
 
         matched = self.match()
+        self.regions = matched.regions
         sites, misses = self.finish([s for s in matched.sites if free(s.fqn)], verify)
         near = (*misses, *(m for m in matched.near_misses if free(m.fqn)))
         return dataclasses.replace(matched, sites=tuple(sites), near_misses=near)
@@ -283,13 +288,16 @@ class _Inspection:
             return [], []
         length = self._proof_length(found)
         inputs = self._inputs(length, padded=length // 3)
-        owners = [s.fqn for s in found]
+        owners = [s.fqn for s in found if s.place == "module"]
         records = record_calls(self.model, owners, inputs)
         caches = self._caches(owners)
         sites: list[AttentionSite] = []
         misses: list[NearMiss] = []
         for site in found:
-            done = self._finish_one(site, records.get(site.fqn), caches.get(site.fqn), inputs, verify)
+            if site.place == "graph":
+                done = _finish_in_graph(site, self.regions.get(site.fqn), verify)
+            else:
+                done = self._finish_one(site, records.get(site.fqn), caches.get(site.fqn), inputs, verify)
             if isinstance(done, NearMiss):
                 misses.append(done)
             else:
@@ -378,6 +386,19 @@ class _Inspection:
         if config is not None:
             sizes |= {v for v in vars(config).values() if isinstance(v, int)}
         return sizes
+
+
+def _finish_in_graph(site: AttentionSite, region: Region | None, verify: bool) -> AttentionSite | NearMiss:
+    """A site without a module of its own is called by nobody: its part of the graph is proved."""
+    if region is None:
+        return _miss(site, "call", "a site of the graph that was not found there cannot be proved", MATCHED)
+    if not verify:
+        return site
+    try:
+        proof = prove_in_graph(site, region)
+    except VerificationError as error:
+        return _miss(site, "proof", str(error), MATCHED)
+    return dataclasses.replace(site, proved=True, max_error=proof.error)
 
 
 def _implementation(model: nn.Module) -> str:

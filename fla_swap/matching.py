@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from fla_swap.patterns.joining import Joined
 from fla_swap.patterns.latent import name_series
 from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify, evaluate_mask, length_hints
 from fla_swap.patterns.norm import NormRefused, state_norm
-from fla_swap.patterns.output import Boundary, Output, OutwardsRefused, Places, check_order, find_outwards, output_facts
-from fla_swap.patterns.parts import Part, agree
+from fla_swap.patterns.output import Boundary, Output, OutwardsRefused, Places, check_order, output_facts
+from fla_swap.patterns.parts import Part, Stop, agree
 from fla_swap.patterns.path import Path, paths_disagree, projected_elsewhere, walk_path
 from fla_swap.patterns.projection import Linear
+from fla_swap.patterns.region import Region, find_place, separate
 from fla_swap.patterns.rope import same_rotation
 from fla_swap.types import AttentionSite, Mask, NearMiss, Norm, Projection
 
@@ -35,19 +36,12 @@ MATCHED = ("core", "q", "k", "v", "output", "owner", "heads", "mask")
 """The slots that hold when a core becomes a site, in the order in which they are tried."""
 
 
-class _Stop(Exception):
-    """A slot of the grammar that did not hold."""
-
-    def __init__(self, slot: str, reason: str, node: fx.Node):
-        super().__init__(reason)
-        self.slot, self.reason, self.node = slot, reason, node
-
-
 @dataclass(frozen=True, kw_only=True)
 class MatchResult:
     """Sites (not yet proved, `call` still empty), near misses (furthest first), and cores that belong to no site.
 
     `fixed`: the sites that had the same token counts in every graph; `varied`: whether any core had not.
+    `regions`: where the sites without a module of their own stand.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -55,6 +49,7 @@ class MatchResult:
     unclaimed: tuple[str, ...]
     fixed: tuple[str, ...] = ()
     varied: bool = False
+    regions: Mapping[str, Region] = field(default_factory=dict)
 
 
 def match(graphs: Sequence[CapturedGraph], patterns: Catalogue, *, rope_limit: int | None = None) -> MatchResult:
@@ -67,23 +62,30 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue, *, rope_limit: i
     cores = [core_nodes(g, patterns) for g in graphs]
     if len({tuple(op_name(n) for n, _ in c) for c in cores}) != 1:
         raise CaptureError(f"at lengths {[g.length for g in graphs]} the model runs different attention code")
-    sites: list[AttentionSite] = []
+    found: list[tuple[AttentionSite, Boundary, bool]] = []
     misses: list[NearMiss] = []
     unclaimed: list[str] = []
     fixed: list[str] = []
-    for members in groups([g for g in zip(*cores, strict=True)], graphs[0], unclaimed):
+    for members in groups(list(zip(*cores, strict=True)), graphs[0], unclaimed):
         attempt = _Attempt(graphs, members, patterns, rope_limit)
         try:
-            sites.append(attempt.run(len(sites)))
-            fixed += [sites[-1].fqn] if attempt.one_length else []
-        except _Stop as stop:
+            site, boundary = attempt.run(len(found))
+            found.append((site, boundary, attempt.alone))
+            fixed += [site.fqn] if attempt.one_length else []
+        except Stop as stop:
             misses.append(attempt.near_miss(attempt.explained(stop)))
         except NoValue as unknown:
-            misses.append(attempt.near_miss(_Stop("values", str(unknown), members[0][0])))
+            misses.append(attempt.near_miss(Stop("values", str(unknown), members[0][0])))
     varied = any(len({(v.length, v.keys) for v in views}) > 1 for views in token_counts(cores, graphs))
+    sites, regions = separate(found, graphs)
     misses.sort(key=lambda m: -m.progress)
     return MatchResult(
-        sites=tuple(sites), near_misses=tuple(misses), unclaimed=tuple(unclaimed), fixed=tuple(fixed), varied=varied
+        sites=tuple(sites),
+        near_misses=tuple(misses),
+        unclaimed=tuple(unclaimed),
+        fixed=tuple(fixed),
+        varied=varied,
+        regions=regions,
     )
 
 
@@ -102,8 +104,9 @@ class _Attempt:
         self.done: list[str] = []
         self.view = self.graph
         self.one_length = False
+        self.alone = True
 
-    def near_miss(self, stop: _Stop) -> NearMiss:
+    def near_miss(self, stop: Stop) -> NearMiss:
         modules = modules_of(self.node)
         return NearMiss(
             fqn=modules[-1] if modules else "",
@@ -115,15 +118,15 @@ class _Attempt:
             anchor=self.node.name,
         )
 
-    def explained(self, stop: _Stop) -> _Stop:
+    def explained(self, stop: Stop) -> Stop:
         """Where projections stand in series, that is the reason, whichever slot noticed it first."""
         modules = modules_of(self.node)
         if stop.slot not in ("q", "k", "v", "rope", "norm", "owner") or not modules:
             return stop
         named = name_series(self._core(self.node, self.graph), modules[-1], stop.slot, self.graph)
-        return stop if named is None else _Stop("projection", named[0], named[1] or stop.node)
+        return stop if named is None else Stop("projection", named[0], named[1] or stop.node)
 
-    def run(self, layer: int) -> AttentionSite:
+    def run(self, layer: int) -> tuple[AttentionSite, Boundary]:
         parts = self._parts()
         first = parts[0]
         linears = [linear for p in parts for x in (p.q, p.k, p.v) if (linear := x.linear) is not None]
@@ -138,13 +141,13 @@ class _Attempt:
         self._same_at_every_length(parts)
         if memory is not None:
             self._check_cross(mask, q)
-        return AttentionSite(
+        site = AttentionSite(
             fqn=boundary.owner,
             layer=layer,
             q=projections["q"],
             k=projections["k"],
             v=projections["v"],
-            o=None if o.linear is None else _whole(o.linear),
+            o=None if o.linear is None else o.linear.projection(torch.arange(o.linear.outputs)),
             hidden_size=hidden,
             heads=len(rows["q"]),
             kv_heads=len(rows["k"]),
@@ -170,6 +173,7 @@ class _Attempt:
             memory_size=memory,
             source=source_of(self.node),
         )
+        return site, boundary
 
     def _parts(self) -> list[Part]:
         parts = []
@@ -180,18 +184,18 @@ class _Attempt:
             q, k, v = (self._path(side, core, self.graph) for side in "qkv")
             disagree = paths_disagree(q, k, v)
             if disagree is not None:
-                raise _Stop(*disagree, nodes[0])
+                raise Stop(*disagree, nodes[0])
             parts.append(Part(nodes=tuple(nodes), core=core, q=q, k=k, v=v))
         for part in parts[1:]:
             if not agree(parts[0], part):
-                raise _Stop("core", "the heads differ in more than their projections", part.nodes[0])
+                raise Stop("core", "the heads differ in more than their projections", part.nodes[0])
         return parts
 
     def _core(self, node: fx.Node, graph: CapturedGraph) -> dict[str, Any]:
         results = dict(core_nodes(graph, self.patterns))
         result = results[node]
         if isinstance(result, Refused):
-            raise _Stop("scores", result.reason, result.node)
+            raise Stop("scores", result.reason, result.node)
         return dict(result.facts)
 
     def _path(self, side: str, core: dict[str, Any], graph: CapturedGraph) -> Path:
@@ -199,7 +203,7 @@ class _Attempt:
         view = view if side == "q" else view.sized(length=view.key_length)
         path = walk_path(core[side], self.patterns.path, view)
         if isinstance(path, Refused):
-            raise _Stop(path.slot or side, path.reason, path.node)
+            raise Stop(path.slot or side, path.reason, path.node)
         if graph is self.graph and side not in self.done:
             self.done.append(side)
         return path
@@ -208,42 +212,42 @@ class _Attempt:
         """What stands after the cores, and the owner around it all."""
         elsewhere = projected_elsewhere(self.node, inputs)
         if elsewhere is not None:
-            raise _Stop("owner", elsewhere, self.node)
+            raise Stop("owner", elsewhere, self.node)
         cores = [n for n, r in core_nodes(self.graph, self.patterns) if isinstance(r, Found)]
         try:
-            found = find_outwards(outs, inputs, [m[0] for m in self.members], cores, self.graph)
+            output, boundary, self.alone = find_place(outs, inputs, [m[0] for m in self.members], cores, self.graph)
         except OutwardsRefused as refused:
             self.done += ["output"] if refused.slot == "owner" else []
-            raise _Stop(refused.slot, str(refused), refused.node) from refused
+            raise Stop(refused.slot, str(refused), refused.node) from refused
         self.done += ["output", "owner"]
-        return found
+        return output, boundary
 
     def _sizes(self, core: dict[str, Any], boundary: Boundary) -> tuple[int, int | None]:
         """Widths of the hidden states and of the memory; sets `view`, the graph with the site's own token counts."""
         view, hidden = sized(self.graph, core), shape(boundary.hidden)
         if hidden is None or len(hidden) != 3 or view.length not in hidden[:2]:
             reason = f"the owner reads hidden states {hidden} for {view.length} queries, expected [batch, time, hidden]"
-            raise _Stop("owner", reason, boundary.hidden)
+            raise Stop("owner", reason, boundary.hidden)
         time_first = hidden[1] != view.length
         batch = hidden[1] if time_first else hidden[0]
         self.view = view.sized(length=view.length, keys=view.key_length, batch=batch, time_first=time_first)
         if boundary.memory is None:
             if view.key_length != view.length:
                 reason = f"{view.key_length} keys for {view.length} tokens: something joins them, or they are pooled"
-                raise _Stop("k", reason, self.node)
+                raise Stop("k", reason, self.node)
             return hidden[-1], None
         memory = shape(boundary.memory)
         wanted = (view.key_length, batch) if time_first else (batch, view.key_length)
         if memory is None or memory[:-1] != wanted:
             reason = f"keys and values are made of a tensor {memory}, expected {list(wanted)} and a width"
-            raise _Stop("owner", reason, boundary.memory)
+            raise Stop("owner", reason, boundary.memory)
         return hidden[-1], memory[-1]
 
     def _check_cross(self, mask: Mask, q: Path) -> None:
         if mask.kind != "bidirectional":
-            raise _Stop("mask", f"a cross-attention under a {mask.kind} mask", self.node)
+            raise Stop("mask", f"a cross-attention under a {mask.kind} mask", self.node)
         if q.rope is not None:
-            raise _Stop("rope", "a cross-attention whose queries and keys are rotated", self.node)
+            raise Stop("rope", "a cross-attention whose queries and keys are rotated", self.node)
 
     def _heads(self, part: Part, boundary: Boundary) -> Part:
         """The part with the tables of its heads; q and k change places where the right operand holds the queries."""
@@ -261,19 +265,19 @@ class _Attempt:
                     path.linear, entry, core[side], path.same, view, transposed=flipped, also=also
                 )
             except HeadsRefused as refused:
-                raise _Stop(side, str(refused), path.linear.out) from refused
+                raise Stop(side, str(refused), path.linear.out) from refused
         try:
             tables = read_heads(core, operands["q"], operands["k"], operands["v"], self.graph)
         except HeadsRefused as refused:
-            raise _Stop(refused.side or "heads", str(refused), part.nodes[0]) from refused
+            raise Stop(refused.side or "heads", str(refused), part.nodes[0]) from refused
         rows_at = {side: operand.rows_at for side, operand in operands.items()}
         if tables.swapped:
             part = dataclasses.replace(part, q=part.k, k=part.q)
             rows_at["q"], rows_at["k"] = rows_at["k"], rows_at["q"]
         if part.k.temperature is not None:
-            raise _Stop("k", "the keys are scaled by an amount that depends on the position", part.nodes[0])
+            raise Stop("k", "the keys are scaled by an amount that depends on the position", part.nodes[0])
         if tables.swapped and boundary.memory is not None:
-            raise _Stop("heads", "the queries of a cross-attention are made of the memory", part.nodes[0])
+            raise Stop("heads", "the queries of a cross-attention are made of the memory", part.nodes[0])
         return dataclasses.replace(part, heads=tables, rows_at=rows_at)
 
     def _after(self, parts: Sequence[Part], o: Output, boundary: Boundary) -> tuple[Tensor, dict[str, Any]]:
@@ -284,14 +288,14 @@ class _Attempt:
         try:
             order = read_order(places.at(o.x, o.same, self.view)[1], total)
         except (HeadsRefused, NotLayout) as refused:
-            raise _Stop("output", str(refused), o.out) from refused
+            raise Stop("output", str(refused), o.out) from refused
         places = Places(known=number_outputs(outs, order), width=total * width)
         reason = check_order(o, places, boundary.end, self.view)
         if reason is not None:
-            raise _Stop("output", reason, o.out)
+            raise Stop("output", reason, o.out)
         facts = output_facts(o, places, boundary.hidden, total, self.view)
         if isinstance(facts, Refused):
-            raise _Stop("output", facts.reason, facts.node)
+            raise Stop("output", facts.reason, facts.node)
         return order, facts
 
     def _projections(self, parts: Sequence[Part], order: Tensor) -> tuple[dict[str, Projection], dict[str, Tensor]]:
@@ -305,11 +309,11 @@ class _Attempt:
         try:
             rows["k"], rows["v"] = share(rows["k"], rows["v"])
         except HeadsRefused as refused:
-            raise _Stop(refused.side or "k", str(refused), self.node) from refused
+            raise Stop(refused.side or "k", str(refused), self.node) from refused
         found = {side: joined[side].projection(rows[side].flatten()) for side in "qkv"}
         for side, projection in found.items():
             if isinstance(projection, str):
-                raise _Stop(side, projection, self.node)
+                raise Stop(side, projection, self.node)
         self.done.append("heads")
         return {s: p for s, p in found.items() if isinstance(p, Projection)}, rows
 
@@ -318,10 +322,10 @@ class _Attempt:
         found = [self._mask(p) for p in parts]
         mask, slopes = found[0][0], [a for _, a in found]
         if any(other != mask for other, _ in found):
-            raise _Stop("mask", "the heads have different masks", self.node)
+            raise Stop("mask", "the heads have different masks", self.node)
         fixed = any(a is not None for a in slopes) or parts[0].core.get("sinks") is not None
         if fixed and len(order) > 1 and not bool((order.diff() == 1).all()):
-            raise _Stop("output", "the heads enter the output projection in another order than the queries", self.node)
+            raise Stop("output", "the heads enter the output projection in another order than the queries", self.node)
         self.done.append("mask")
         if all(a is None for a in slopes):
             return mask, None
@@ -346,20 +350,20 @@ class _Attempt:
             mask = classify(tables)
             alibi = alibi_slopes(tables[0], len(part.tables.q))
         except MaskRefused as refused:
-            raise _Stop("mask", str(refused), self.node) from refused
+            raise Stop("mask", str(refused), self.node) from refused
         self.one_length = len({t.seen.shape for t in tables}) == 1
         if mask.kind != "bidirectional" and self.one_length:
             reason = (
                 f"the model was captured at one length only ({tables[0].seen.shape[0]} tokens): whether the mask is "
                 f"{mask.kind} at every length cannot be told"
             )
-            raise _Stop("mask", reason, self.node)
+            raise Stop("mask", reason, self.node)
         longest = max(t.seen.shape[1] for t in tables)
         hints = length_hints(part.core["mask"], self.view)
         open_ended = mask.kind in ("causal", "bidirectional") and not self.one_length
         if open_ended and any(longest <= h < self.graphs[-1].limit for h in hints):
             reason = f"the mask uses a constant {max(hints)}, beyond the longest length that was evaluated ({longest})"
-            raise _Stop("mask", reason, self.node)
+            raise Stop("mask", reason, self.node)
         return mask, alibi
 
     def _norm(self, side: str, parts: Sequence[Part], rows: Mapping[str, Tensor]) -> Norm | None:
@@ -375,9 +379,9 @@ class _Attempt:
             try:
                 found.append(state_norm(path.norm, rows_at, own))
             except NormRefused as refused:
-                raise _Stop("norm", f"the norm of {side} {refused}", path.linear.out) from refused
+                raise Stop("norm", f"the norm of {side} {refused}", path.linear.out) from refused
         if any(norm != found[0] or norm.per_head for norm in found[1:]):
-            raise _Stop("norm", f"the heads have different norms of {side}", self.node)
+            raise Stop("norm", f"the heads have different norms of {side}", self.node)
         return found[0]
 
     def _same_at_every_length(self, parts: Sequence[Part]) -> None:
@@ -389,11 +393,7 @@ class _Attempt:
                 other_q, other_k = self._path("q", core, graph), self._path("k", core, graph)
                 holds = self.rope_limit is None or graph.length <= self.rope_limit
                 if holds and not (same_rotation(other_q.rope, q.rope) and same_rotation(other_k.rope, k.rope)):
-                    raise _Stop("rope", "the rotary frequencies depend on the length", node)
+                    raise Stop("rope", "the rotary frequencies depend on the length", node)
                 scales = (core["scale"], other_q.scale, other_k.scale, core.get("softcap"))
                 if scales != (part.core["scale"], q.scale, k.scale, part.core.get("softcap")):
-                    raise _Stop("scale", "the scale of the scores depends on the length", node)
-
-
-def _whole(linear: Linear) -> Projection:
-    return linear.projection(torch.arange(linear.outputs))
+                    raise Stop("scale", "the scale of the scores depends on the length", node)

@@ -13,6 +13,14 @@ from fla_swap.patterns.path import Path
 from fla_swap.patterns.rope import same_rotation
 
 
+class Stop(Exception):
+    """A slot of the grammar that did not hold."""
+
+    def __init__(self, slot: str, reason: str, node: fx.Node):
+        super().__init__(reason)
+        self.slot, self.reason, self.node = slot, reason, node
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One core of a site (code that loops over heads has several): its node in each graph, its facts and paths."""

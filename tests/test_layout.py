@@ -21,6 +21,7 @@ STAGES = (
     "parts",
     "structure",
     "verification",
+    "graph_proof",
     "crosscheck",
     "planning",
     "swapping",
@@ -33,6 +34,7 @@ STAGES = (
 )
 # Modules that compose stages into a verb; everything else that imports several stages is a mistake.
 COMPOSERS = {
+    "graph_proof": {"verification"},
     "inspection": {"capture", "matching", "verification"},
     "distillation": {"swapping"},
     "parts": {"contract", "model_inputs"},

@@ -1,0 +1,85 @@
+"""The identity proof for an attention without a module of its own: its part of the graph is run, and compared."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fla_swap.errors import FlaSwapError, VerificationError
+from fla_swap.mixers.softmax import Softmax
+from fla_swap.patterns.graph import CapturedGraph, shape
+from fla_swap.patterns.region import Region
+from fla_swap.types import AttentionSite
+from fla_swap.verification import TOLERANCE, Proof
+
+
+def prove_in_graph(site: AttentionSite, region: Region) -> Proof:
+    """Run the region on random hidden states, fp32, with random weights, and the attention rebuilt from `site`.
+
+    Where the model takes an attention mask, a part of its second row is padding. Raises VerificationError when the
+    two differ by more than `TOLERANCE`, or when either cannot be run.
+    """
+    graph, weights, valid = _random(region.graph)
+    inputs = {n: _stream(n, seed) for seed, n in enumerate((region.hidden, region.memory), start=1) if n is not None}
+    hidden = inputs[region.hidden]
+    if valid is None or valid.shape != hidden.shape[:2]:
+        valid = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    more: dict[str, Any] = {"valid": valid}
+    if region.memory is not None:
+        memory = inputs[region.memory]
+        more |= {"memory": memory, "memory_valid": torch.ones(memory.shape[:2], dtype=torch.bool)}
+    with torch.no_grad():
+        try:
+            wanted = graph.run(region.end, inputs)
+            mixer = Softmax.from_attention(site, weights).eval()
+        except (FlaSwapError, KeyError, RuntimeError, ValueError) as error:
+            raise VerificationError(f"{site.fqn}: the attention cannot be rebuilt from its site: {error}") from error
+        found = mixer(hidden, **more)[0]
+    found, wanted = found[valid].double(), wanted[valid].double()
+    error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+    if not error <= TOLERANCE:
+        raise VerificationError(
+            f"{site.fqn}: the rebuilt attention differs from what the graph computes by {error:.2e} (relative, fp32; "
+            f"at most {TOLERANCE:.0e} is accepted): {site.source} computes something that the site does not say"
+        )
+    return Proof(error=error)
+
+
+def _stream(node: fx.Node, seed: int) -> Tensor:
+    """Random hidden states; some tokens are small, so that the eps of a norm matters, some large for a softcap."""
+    values = torch.randn(shape(node) or (), generator=torch.Generator().manual_seed(seed))
+    sizes = torch.tensor((1.0, 2.0, 1e-2, 1.0, 1e-3))
+    return values * sizes[torch.arange(values[..., 0].numel()) % 5].reshape(values.shape[:-1])[..., None]
+
+
+def _random(graph: CapturedGraph) -> tuple[CapturedGraph, dict[str, Tensor], Tensor | None]:
+    """The graph with random parameters and a padded mask, its weights by name, and which tokens are no padding."""
+    generator = torch.Generator().manual_seed(0)
+    values, weights, valid = dict(graph.values), {}, None
+    for name, value in graph.values.items():
+        if name in graph.weights:
+            if isinstance(value, torch.nn.Parameter) and value.is_floating_point():
+                value = _noise(value, generator)
+            weights[graph.weights[name]] = values[name] = value
+        elif name.startswith("attention_mask") and isinstance(value, Tensor) and value.dim() == 2:
+            padded = torch.ones_like(value)
+            padded[1, : value.shape[1] // 3] = 0
+            values[name], valid = padded, padded.bool()
+    twin = copy.copy(graph)
+    object.__setattr__(twin, "values", values)
+    object.__setattr__(twin, "known", {})
+    object.__setattr__(twin, "_memo", {})
+    return twin, weights, valid
+
+
+def _noise(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Matrices scaled by their width, vectors moved by .3, as in the proof of a module."""
+    noise = torch.randn(parameter.shape, generator=generator)
+    if parameter.dim() >= 2:
+        return noise * 2.0 / math.sqrt(max(parameter.shape))
+    base = parameter.detach().float().cpu()
+    return base.clamp(-2, 2) + 0.3 * noise if bool(base.isfinite().all()) else 0.3 * noise

@@ -1,0 +1,142 @@
+"""An attention that no module has for itself: the part of the graph between its hidden states and its output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from fla_swap.patterns.base import Refused
+from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, shape
+from fla_swap.patterns.output import (
+    CAT,
+    Boundary,
+    Output,
+    OutwardsRefused,
+    find_output,
+    find_outwards,
+    find_owner,
+    readers,
+)
+from fla_swap.patterns.projection import Linear
+from fla_swap.types import AttentionSite
+
+_PROOF_LENGTH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """Where a site stands in a graph: its hidden states, its output, and the memory of a cross-attention."""
+
+    graph: CapturedGraph
+    hidden: fx.Node
+    end: fx.Node
+    memory: fx.Node | None = None
+
+    @staticmethod
+    def of(boundary: Boundary, graphs: Sequence[CapturedGraph]) -> Region:
+        """In the longest of the graphs that is no longer than a proof needs, and has the nodes of the first."""
+        first, found = graphs[0], (graphs[0], boundary.hidden, boundary.end, boundary.memory)
+        for graph in graphs[1:]:
+            pairs = dict(zip(first.nodes, graph.nodes, strict=False))
+            calls = [(a, b) for a, b in pairs.items() if a.op == "call_function"]
+            alike = len(first.nodes) == len(graph.nodes) and all(a.target is b.target for a, b in calls)
+            if alike and graph.length <= _PROOF_LENGTH:
+                memory = None if boundary.memory is None else pairs[boundary.memory]
+                found = (graph, pairs[boundary.hidden], pairs[boundary.end], memory)
+        graph, hidden, end, memory = found
+        return Region(graph=graph, hidden=hidden, end=end, memory=memory)
+
+
+def separate(
+    found: Sequence[tuple[AttentionSite, Boundary, bool]], graphs: Sequence[CapturedGraph]
+) -> tuple[list[AttentionSite], dict[str, Region]]:
+    """The sites, those without a module of their own as sites of the graph, and where these stand.
+
+    `found`: each with its boundary and whether a module holds it alone. A module that is called several times, or
+    weights that are used several times, hold no attention alone.
+    """
+    used = [(s.q, s.k, s.v, s.o) for s, _, _ in found]
+    sites: list[AttentionSite] = []
+    regions: dict[str, Region] = {}
+    for site, boundary, alone in found:
+        if not alone or used.count((site.q, site.k, site.v, site.o)) > 1:
+            count = sum(name.rpartition("#")[0] == site.fqn for name in regions)
+            site = dataclasses.replace(site, fqn=f"{site.fqn}#{count}", place="graph")
+            regions[site.fqn] = Region.of(boundary, graphs)
+        sites.append(site)
+    return sites, regions
+
+
+def find_place(
+    outs: Sequence[fx.Node],
+    inputs: Sequence[Linear],
+    own: Sequence[fx.Node],
+    cores: Sequence[fx.Node],
+    graph: CapturedGraph,
+) -> tuple[Output, Boundary, bool]:
+    """What stands after the cores and what is around it; true when that is a module of the attention's own.
+
+    Arguments as in `find_outwards`, whose refusal is raised when the graph around the cores is no attention either.
+    """
+    try:
+        return *find_outwards(outs, inputs, own, cores, graph), True
+    except OutwardsRefused as refused:
+        if "combines the outputs" in str(refused):
+            raise
+        found = find_region(outs, inputs, own, graph)
+        if found is None:
+            raise
+        return *found, False
+
+
+def find_region(
+    outs: Sequence[fx.Node], inputs: Sequence[Linear], own: Sequence[fx.Node], graph: CapturedGraph
+) -> tuple[Output, Boundary] | None:
+    """From the tensor that q, k and v are all made of to the output projection, or to the heads side by side."""
+    chains = [graph.peel(linear.x, LAYOUT | CAST) for linear in inputs]
+    hidden = _common(chains[0::3])
+    memory = _common(chains[1::3] + chains[2::3])
+    both = _common(chains)
+    if both is not None:
+        hidden = memory = both
+    if hidden is None or memory is None:
+        return None
+    output = find_output(outs[0], graph)
+    if isinstance(output, Refused):
+        output = _heads_side_by_side(outs[0], graph)
+    if output is None:
+        return None
+    end = output.out
+    while len(shape(end) or ()) != 3:
+        users = readers(end)
+        if len(users) != 1 or users[0].target not in LAYOUT | CAST or len(graph.open_inputs(users[0])) != 1:
+            return None
+        end = users[0]
+    owner = find_owner([*outs, *own, output.out, *(linear.out for linear in inputs)]) or ""
+    return output, Boundary(owner=owner, hidden=hidden, end=end, last=end, memory=None if memory is hidden else memory)
+
+
+def _common(chains: Sequence[list[fx.Node]]) -> fx.Node | None:
+    """The nearest [batch, time, width] that is on all chains."""
+    shared = set(chains[0]).intersection(*chains[1:])
+    return next((n for n in chains[0] if n in shared and len(shape(n) or ()) == 3), None)
+
+
+def _heads_side_by_side(core: fx.Node, graph: CapturedGraph) -> Output | None:
+    """The last node after the core that still holds nothing but its heads."""
+    walk, last = core, None
+    while True:
+        if len(shape(walk) or ()) == 3:
+            last = walk
+        users = readers(walk)
+        if len(users) != 1 or users[0].op != "call_function":
+            break
+        user = users[0]
+        joins = user.target in CAT and len(graph.open_inputs(user)) == len(user.all_input_nodes)
+        if not joins and (user.target not in LAYOUT | CAST | DROPOUT or len(graph.open_inputs(user)) != 1):
+            break
+        walk = user
+    return None if last is None else Output(x=last, out=last)
