@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fla_swap.patterns.base import Refused
-from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, shape
+from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, modules_of, shape
 from fla_swap.patterns.output import (
     CAT,
     Boundary,
@@ -79,12 +79,15 @@ def find_place(
 ) -> tuple[Output, Boundary, bool]:
     """What stands after the cores and what is around it; true when that is a module of the attention's own.
 
-    Arguments as in `find_outwards`, whose refusal is raised when the graph around the cores is no attention either.
+    Arguments as in `find_outwards`, whose refusal is raised when the graph around the cores is no attention either, or
+    when what follows the heads in a module of their own is not understood.
     """
     try:
         return *find_outwards(outs, inputs, own, cores, graph), True
     except OutwardsRefused as refused:
-        if "combines the outputs" in str(refused):
+        around = find_owner([*outs, *own, *(linear.out for linear in inputs)])
+        several = around is None or sum(around in modules_of(n) for n in cores) > len(own)
+        if refused.slot != "owner" and not several:
             raise
         found = find_region(outs, inputs, own, graph)
         if found is None:

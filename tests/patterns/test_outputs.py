@@ -207,10 +207,18 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, h, x: m.o(F.rms_norm(h.unflatten(-1, (2, 4)), (4,)).flatten(2)),
         "norm of the heads' outputs acts on 4 channels, a head has 8",
     ),
-    "residual with a factor": (lambda m, h, x: torch.add(x, m.o(h.flatten(2)), alpha=2), "more than attention: add"),
-    "another residual": (lambda m, h, x: x.flip(-1) + m.o(h.flatten(2)), "more than attention: add"),
-    "activation after it": (lambda m, h, x: m.o(h.flatten(2)).relu(), "more than attention: relu"),
 }
+MORE: dict[str, Any] = {
+    "residual with a factor": lambda m, h, x: torch.add(x, m.o(h.flatten(2)), alpha=2),
+    "another residual": lambda m, h, x: x.flip(-1) + m.o(h.flatten(2)),
+    "activation after it": lambda m, h, x: m.o(h.flatten(2)).relu(),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_an_owner_that_does_more_than_attention_holds_a_site_of_the_graph(case: str) -> None:
+    (site,) = report_of(Block(MORE[case])).sites
+    assert site.place == "graph" and site.fqn.endswith("#0") and site.proved
 
 
 @pytest.mark.parametrize("case", REFUSED)
