@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -15,6 +16,15 @@ from fla_swap.patterns.graph import CapturedGraph, shape
 from fla_swap.patterns.region import Region
 from fla_swap.types import AttentionSite
 from fla_swap.verification import TOLERANCE, Proof
+
+
+def finish_in_graph(site: AttentionSite, region: Region | None, verify: bool) -> AttentionSite:
+    """The site, proved if `verify`. VerificationError when it is not what its region computes, or has none."""
+    if region is None:
+        raise VerificationError(f"{site.fqn}: it was not found in the graph, so it cannot be proved there")
+    if not verify:
+        return site
+    return dataclasses.replace(site, proved=True, max_error=prove_in_graph(site, region).error)
 
 
 def prove_in_graph(site: AttentionSite, region: Region) -> Proof:

@@ -14,7 +14,7 @@ from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_ent
 from fla_swap.crosscheck import check_config, unseen_layers
 from fla_swap.errors import CaptureError, NoAttentionFound, VerificationError
 from fla_swap.exportable import exportable
-from fla_swap.graph_proof import prove_in_graph
+from fla_swap.graph_proof import finish_in_graph
 from fla_swap.lengths import rope_limit
 from fla_swap.matching import MATCHED, MatchResult, match
 from fla_swap.model_inputs import (
@@ -33,6 +33,7 @@ from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.cores import mask_lengths
 from fla_swap.patterns.graph import CapturedGraph
 from fla_swap.patterns.region import Region
+from fla_swap.reporting.explanation import nothing_found
 from fla_swap.structure import ProveOnce
 from fla_swap.types import ArgPath, AttentionReport, AttentionSite, CallContract, NearMiss
 from fla_swap.verification import TOLERANCE, Call, Proof, weights_of
@@ -95,7 +96,7 @@ def inspect(
         seconds=time.perf_counter() - start,
     )
     if strict and not report.sites:
-        raise NoAttentionFound(_nothing_found(report), report)
+        raise NoAttentionFound(nothing_found(report), report)
     check_config(report.sites, model)
     return report
 
@@ -150,20 +151,6 @@ def _unseen(found: Iterable[AttentionSite | NearMiss], model: nn.Module) -> list
         "nothing reads what it returns"
         for name in unseen_layers([item.fqn for item in found], model)
     ]
-
-
-def _nothing_found(report: AttentionReport) -> str:
-    if not report.near_misses:
-        more = f"; its softmaxes are {list(report.unclaimed)}" if report.unclaimed else ""
-        more += "".join(f"; {note}" for note in report.notes)
-        return f"{report.model} has no attention: no fused attention call, and no softmax between two products{more}"
-    first = report.near_misses[0]
-    count = len(report.near_misses)
-    return (
-        f"{report.model}: {count} attention cores, none understood. The one that got furthest, {first.fqn}, stopped at "
-        f"{first.slot!r}: {first.reason} ({first.source}). All of them are in the error's .report.near_misses; "
-        "a recogniser of your own can be passed as patterns="
-    )
 
 
 class _Inspection:
@@ -295,7 +282,7 @@ class _Inspection:
         misses: list[NearMiss] = []
         for site in found:
             if site.place == "graph":
-                done = _finish_in_graph(site, self.regions.get(site.fqn), verify)
+                done = self._in_graph(site, verify)
             else:
                 done = self._finish_one(site, records.get(site.fqn), caches.get(site.fqn), inputs, verify)
             if isinstance(done, NearMiss):
@@ -308,6 +295,12 @@ class _Inspection:
         if self.proofs is None:
             return prove_site(site, owner, call)
         return self.proofs(site, lambda: prove_site(site, owner, call))
+
+    def _in_graph(self, site: AttentionSite, verify: bool) -> AttentionSite | NearMiss:
+        try:
+            return finish_in_graph(site, self.regions.get(site.fqn), verify)
+        except VerificationError as error:
+            return _miss(site, "proof", str(error), MATCHED)
 
     def _finish_one(
         self,
@@ -386,19 +379,6 @@ class _Inspection:
         if config is not None:
             sizes |= {v for v in vars(config).values() if isinstance(v, int)}
         return sizes
-
-
-def _finish_in_graph(site: AttentionSite, region: Region | None, verify: bool) -> AttentionSite | NearMiss:
-    """A site without a module of its own is called by nobody: its part of the graph is proved."""
-    if region is None:
-        return _miss(site, "call", "a site of the graph that was not found there cannot be proved", MATCHED)
-    if not verify:
-        return site
-    try:
-        proof = prove_in_graph(site, region)
-    except VerificationError as error:
-        return _miss(site, "proof", str(error), MATCHED)
-    return dataclasses.replace(site, proved=True, max_error=proof.error)
 
 
 def _implementation(model: nn.Module) -> str:

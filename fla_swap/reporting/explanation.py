@@ -98,3 +98,18 @@ def _miss(miss: NearMiss) -> str:
         lines += [f"  {'→' if here else ' '} {number:>5}  {text}".rstrip() for number, text, here in code.lines]
     lines += [f"  next     {advice}" for advice in advice_of(miss)]
     return "\n".join(lines)
+
+
+def nothing_found(report: AttentionReport) -> str:
+    """Why a report without sites has none, as an error says it."""
+    if not report.near_misses:
+        more = f"; its softmaxes are {list(report.unclaimed)}" if report.unclaimed else ""
+        more += "".join(f"; {note}" for note in report.notes)
+        return f"{report.model} has no attention: no fused attention call, and no softmax between two products{more}"
+    first = report.near_misses[0]
+    count = len(report.near_misses)
+    return (
+        f"{report.model}: {count} attention cores, none understood. The one that got furthest, {first.fqn}, stopped at "
+        f"{first.slot!r}: {first.reason} ({first.source}). All of them are in the error's .report.near_misses; "
+        "a recogniser of your own can be passed as patterns="
+    )
