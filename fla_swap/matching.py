@@ -210,8 +210,8 @@ class _Attempt:
 
     def _outwards(self, outs: Sequence[fx.Node], inputs: Sequence[Linear]) -> tuple[Output, Boundary]:
         """What stands after the cores, and the owner around it all."""
-        elsewhere = projected_elsewhere(self.node, inputs)
-        if elsewhere is not None:
+        own = [projected_elsewhere(m[0], inputs[3 * i : 3 * i + 3]) for i, m in enumerate(self.members)]
+        if (elsewhere := next((reason for reason in own if reason is not None), None)) is not None:
             raise Stop("owner", elsewhere, self.node)
         cores = [n for n, r in core_nodes(self.graph, self.patterns) if isinstance(r, Found)]
         try:
