@@ -90,14 +90,12 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
     },
-    "axk1": {"head_dim": 8},
     "dbrx": {
         "num_key_value_heads": 2,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 1e4},
         "ffn_config": None,
     },
-    "deepseek_v2": {"head_dim": 8, "num_experts_per_tok": 2},
-    "deepseek_v3": {"head_dim": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
     "distilbert": {"dim": 64, "hidden_dim": 96},
@@ -123,7 +121,25 @@ OWN: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
-    "zamba": {"num_hidden_layers": 8, "attn_layer_period": 3, "attn_layer_offset": 2, "layers_block_type": None},
+    "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 127},
+    "siglip_text_model": {"projection_size": 64},
+    "siglip_vision_model": {"image_size": 32, "patch_size": 16},
+    "xlstm": {"embedding_dim": 64, "num_blocks": 4, "chunk_size": 13},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "hybrid_layer_ids": [1],
+    },
+    "zamba": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_hidden_layers": 8,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 2,
+        "layers_block_type": None,
+    },
 }
 
 STAGES = {"out_features": None, "stage_names": None, "out_indices": None}  # follow from the number of layers
@@ -139,9 +155,9 @@ GROUPS = {
 CHOSEN: dict[str, str] = {
     "encoder-decoder": "bart blenderbot fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus pegasus_x "
     "plbart prophetnet switch_transformers t5 t5gemma umt5",
-    "speech": "moonshine speech_to_text whisper",
-    "vision": "audio-spectrogram-transformer clip clip_vision_model deit dinov2 dinov2_with_registers dinov3_vit ijepa "
-    "siglip siglip_vision_model vit vit_mae vit_msn vitdet wav2vec2 yolos",
+    "speech": "speech_to_text whisper",
+    "vision": "clip clip_vision_model deit dinov2 dinov2_with_registers dinov3_vit ijepa "
+    "siglip siglip_vision_model vit vit_mae vit_msn yolos",
 }
 
 
@@ -187,6 +203,8 @@ def _shrunk(config: Any) -> dict[str, Any]:
             values[name] = _representative(value)
     if stated.get("num_key_value_heads") and stated.get("num_key_value_heads") == stated.get("num_attention_heads"):
         values["num_key_value_heads"] = values.get("num_attention_heads", HEADS)
+    if stated.get("qk_rope_head_dim"):  # latent attention: the rotary part is what the config calls a head
+        values |= {"head_dim": RULES["qk_rope_head_dim"], "qk_head_dim": HEAD_DIM + RULES["qk_rope_head_dim"]}
     keep = {
         n: v
         for n, v in stated.items()
