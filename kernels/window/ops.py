@@ -348,9 +348,9 @@ def _step_op(
     state = WindowState(state_k, state_v, state_valid, state_count)
     with torch.autocast(q.device.type, enabled=False):
         if choose_implementation(implementation, q.device) == "triton":
-            from fla_swap.kernels.window import triton_impl
+            from fla_swap.kernels.window import triton_step
 
-            return triton_impl.step(q, k, v, state, sinks, valid, band)
+            return triton_step.step(q, k, v, state, sinks, valid, band)
         return torch_impl.step(q, k, v, state, sinks, valid, band)
 
 

@@ -6,6 +6,7 @@ G = H / HK, K key width, V value width; tiles of BM queries and BN keys, widths 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,27 +17,23 @@ from torch import Tensor
 
 from fla_swap.errors import KernelError
 from fla_swap.kernels.common import triton_interpreted
-from fla_swap.kernels.window.state import WindowState
 from fla_swap.kernels.window.torch_impl import Band, sink_gradient
 
 _MAX_WIDTH = 256
+# (BM, BN, warps, stages) by kernel and head width: the fastest on an H100 (bf16, 2k to 16k tokens) of those that fit
+# every large chip and spill little.
+LARGE = {
+    **{("forward", 64): (64, 64, 4, 2), ("forward", 128): (128, 128, 8, 2), ("forward", 256): (128, 64, 8, 2)},
+    **{("backward", 64): (64, 64, 4, 3), ("backward", 128): (64, 64, 4, 1), ("backward", 256): (64, 64, 8, 1)},
+}
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tanh(x):
-    """tanh without libdevice: a series near 0, where (1 − e) / (1 + e) would cancel."""
-    square = x * x
-    near = x * (
-        1.0
-        + square
-        * (
-            -1.0 / 3.0
-            + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0 - square * (1382.0 / 155925.0))))
-        )
-    )
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.35, near, tl.where(x < 0, -far, far))
+def tanh(x):
+    """tanh without libdevice, within 1e-7 of the true value everywhere: scores need no better near 0."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
 
 
 @triton.jit
@@ -91,16 +88,17 @@ def _score(
     q, k, rows, keys, Tq, Tk, scale, softcap, slope,
     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BM, BN] before the mask, and the derivative of the softcap (1 without one)."""
-    score = _dot(q, tl.trans(k), PRECISION, WIDE) * scale
-    derivative = score * 0.0 + 1.0
+    """Scores [BM, BN] before the mask in units of log 2, and tanh of the softcap (the score without one)."""
+    score = _dot(q, tl.trans(k), PRECISION, WIDE)
+    squashed = score
     if HAS_SOFTCAP:
-        squashed = _tanh(score / softcap)
-        derivative = 1.0 - squashed * squashed
-        score = squashed * softcap
+        squashed = tanh(score * (scale / softcap))
+        score = squashed * (softcap * LOG2E)
+    else:
+        score = score * (scale * LOG2E)
     if HAS_ALIBI:
-        score -= slope * ((rows + (Tk - Tq))[:, None] - keys[None, :]).to(tl.float32)
-    return score, derivative
+        score -= (slope * LOG2E) * ((rows + (Tk - Tq))[:, None] - keys[None, :]).to(tl.float32)
+    return score, squashed
 
 
 @triton.jit
@@ -118,6 +116,51 @@ def _key_range(
     return low // BN * BN, tl.minimum(first_row + BM, Tq) + offset
 
 
+@triton.jit
+def _free_keys(
+    low, high, first_row, Tq, Tk, window,
+    HAS_WINDOW: tl.constexpr, PLAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """[first, last) in steps of BN: the keys that all of these queries see, so that nothing is masked there.
+
+    Not PLAIN (padding, documents): none. Always low ≤ first ≤ last, and last ≤ high up to a step.
+    """
+    first, last = low, low
+    if PLAIN:
+        last = tl.maximum(low, (first_row + Tk - Tq + 1) // BN * BN)
+        if HAS_WINDOW:
+            first = tl.maximum(low, tl.cdiv(first_row + BM + Tk - Tq - window, BN) * BN)
+            first = tl.minimum(first, last)
+    return first, last
+
+
+@triton.jit
+def _mix(
+    query, k, v, valid, start, top, total, mixed, b, kv_head, rows, low, high, Tq, Tk, window, scale, softcap, slope,
+    HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys [low, high)."""
+    for begin in range(low, high, BN):
+        keys = begin + tl.arange(0, BN)
+        key = _tile(k, b, kv_head, keys, Tk, Tk, HK, K, BK)
+        value = _tile(v, b, kv_head, keys, Tk, Tk, HK, V, BV)
+        score, _ = _score(
+            query, key, rows, keys, Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION, WIDE
+        )
+        if MASKED:
+            seen = _visible(valid, start, b, rows, keys, Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START)
+            score = tl.where(seen, score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp2(score - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weight, 1)
+        mixed = mixed * shrink[:, None] + _dot(weight.to(value.dtype), value, PRECISION, WIDE)
+        top = new_top
+    return top, total, mixed
+
+
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
 def forward_kernel(
     q, k, v, sinks, alibi, valid, start, o, lse, Tq, Tk, window, scale, softcap,
@@ -126,10 +169,11 @@ def forward_kernel(
     HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries of one head. Online softmax over their band of keys."""
+    """One program: BM queries of one head, the last ones first (they have most keys); the band's edges are masked."""
     blocks = tl.cdiv(Tq, BM)
-    b, h = tl.program_id(0) // blocks // H, tl.program_id(0) // blocks % H
-    first_row = tl.program_id(0) % blocks * BM
+    b, h = tl.program_id(0) % (tl.num_programs(0) // blocks) // H, tl.program_id(0) % H
+    first_row = (blocks - 1 - tl.program_id(0) // (tl.num_programs(0) // blocks)) * BM
+    kv_head = h // (H // HK)
     rows = first_row + tl.arange(0, BM)
     query = _tile(q, b, h, rows, Tq, Tq, H, K, BK)
     slope = 0.0
@@ -138,30 +182,65 @@ def forward_kernel(
     top = tl.full((BM,), -1.0e30, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     if HAS_SINKS:
-        top = tl.zeros((BM,), tl.float32) + tl.load(sinks + h).to(tl.float32)
+        top = tl.zeros((BM,), tl.float32) + tl.load(sinks + h).to(tl.float32) * LOG2E
         total += 1.0
     mixed = tl.zeros((BM, BV), tl.float32)
     low, high = _key_range(start, first_row, Tq, Tk, window, HAS_WINDOW, HAS_START, BM, BN)
-    for begin in range(low, high, BN):
-        keys = begin + tl.arange(0, BN)
-        key = _tile(k, b, h // (H // HK), keys, Tk, Tk, HK, K, BK)
-        value = _tile(v, b, h // (H // HK), keys, Tk, Tk, HK, V, BV)
-        score, _ = _score(
-            query, key, rows, keys, Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION, WIDE
-        )
-        seen = _visible(valid, start, b, rows, keys, Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START)
-        score = tl.where(seen, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        weight = tl.exp(score - new_top[:, None])
-        shrink = tl.exp(top - new_top)
-        total = total * shrink + tl.sum(weight, 1)
-        mixed = mixed * shrink[:, None] + _dot(weight.to(value.dtype), value, PRECISION, WIDE)
-        top = new_top
+    PLAIN: tl.constexpr = not (HAS_VALID or HAS_START)
+    first, last = _free_keys(low, high, first_row, Tq, Tk, window, HAS_WINDOW, PLAIN, BM, BN)
+    if HAS_WINDOW and PLAIN:
+        top, total, mixed = _mix(
+            query, k, v, valid, start, top, total, mixed, b, kv_head, rows, low, first,
+            Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
+            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
+        )  # fmt: skip
+    if PLAIN:
+        top, total, mixed = _mix(
+            query, k, v, valid, start, top, total, mixed, b, kv_head, rows, first, last,
+            Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
+            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, False, PRECISION, WIDE,
+        )  # fmt: skip
+    top, total, mixed = _mix(
+        query, k, v, valid, start, top, total, mixed, b, kv_head, rows, last, high, Tq, Tk, window, scale, softcap,
+        slope, HK, K, V, BN, BK, BV, HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
+    )  # fmt: skip
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)
     _store_tile(o, mixed / safe[:, None], b, h, rows, Tq, H, V, BV)
     offsets = (b.to(tl.int64) * H + h) * Tq + rows
-    tl.store(lse + offsets, tl.where(empty, float("inf"), top + tl.log(safe)), mask=rows < Tq)
+    tl.store(lse + offsets, tl.where(empty, float("inf"), top * LN2 + tl.log(safe)), mask=rows < Tq)
+
+
+@triton.jit
+def _query_gradient(
+    query, k, v, dout, row_lse, row_delta, valid, start, dquery, dslope, sums,
+    b, kv_head, rows, low, high, Tq, Tk, window, scale, softcap, slope,
+    HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What the keys [low, high) add to the gradients of these queries."""
+    for begin in range(low, high, BN):
+        keys = begin + tl.arange(0, BN)
+        key = _tile(k, b, kv_head, keys, Tk, Tk, HK, K, BK)
+        value = _tile(v, b, kv_head, keys, Tk, Tk, HK, V, BV)
+        score, squashed = _score(
+            query, key, rows, keys, Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION, WIDE
+        )
+        if MASKED:
+            seen = _visible(valid, start, b, rows, keys, Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START)
+            score = tl.where(seen, score, float("-inf"))
+        weight = tl.exp2(score - row_lse[:, None])
+        dweight = _dot(dout, tl.trans(value), PRECISION, WIDE)
+        sums += tl.sum(weight * dweight, 1)
+        dscore = weight * (dweight - row_delta[:, None])
+        if HAS_ALIBI:
+            distance = ((rows + (Tk - Tq))[:, None] - keys[None, :]).to(tl.float32)
+            dslope -= tl.sum(dscore * distance, 1)
+        if HAS_SOFTCAP:
+            dscore = dscore * (1.0 - squashed * squashed)
+        dquery += _dot(dscore.to(key.dtype), key, PRECISION, WIDE)
+    return dquery, dslope, sums
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
@@ -177,13 +256,14 @@ def backward_query_kernel(
     `delta` is o · do with o as rounded; `exact` receives the same sum from the weights, for the sinks and the keys.
     """
     blocks = tl.cdiv(Tq, BM)
-    b, h = tl.program_id(0) // blocks // H, tl.program_id(0) // blocks % H
-    first_row = tl.program_id(0) % blocks * BM
+    b, h = tl.program_id(0) % (tl.num_programs(0) // blocks) // H, tl.program_id(0) % H
+    first_row = (blocks - 1 - tl.program_id(0) // (tl.num_programs(0) // blocks)) * BM
+    kv_head = h // (H // HK)
     rows = first_row + tl.arange(0, BM)
     offsets = (b.to(tl.int64) * H + h) * Tq + rows
     query = _tile(q, b, h, rows, Tq, Tq, H, K, BK)
     dout = _tile(grad, b, h, rows, Tq, Tq, H, V, BV)
-    row_lse = tl.load(lse + offsets, mask=rows < Tq, other=float("inf"))
+    row_lse = tl.load(lse + offsets, mask=rows < Tq, other=float("inf")) * LOG2E
     row_delta = tl.load(delta + offsets, mask=rows < Tq, other=0.0)
     slope = 0.0
     if HAS_ALIBI:
@@ -192,27 +272,61 @@ def backward_query_kernel(
     dslope = tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM,), tl.float32)
     low, high = _key_range(start, first_row, Tq, Tk, window, HAS_WINDOW, HAS_START, BM, BN)
-    for begin in range(low, high, BN):
-        keys = begin + tl.arange(0, BN)
-        key = _tile(k, b, h // (H // HK), keys, Tk, Tk, HK, K, BK)
-        value = _tile(v, b, h // (H // HK), keys, Tk, Tk, HK, V, BV)
-        score, derivative = _score(
-            query, key, rows, keys, Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION, WIDE
-        )
-        seen = _visible(valid, start, b, rows, keys, Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START)
-        weight = tl.exp(tl.where(seen, score, float("-inf")) - row_lse[:, None])
-        dweight = _dot(dout, tl.trans(value), PRECISION, WIDE)
-        sums += tl.sum(weight * dweight, 1)
-        dscore = weight * (dweight - row_delta[:, None])
-        if HAS_ALIBI:
-            distance = ((rows + (Tk - Tq))[:, None] - keys[None, :]).to(tl.float32)
-            dslope -= tl.sum(dscore * distance, 1)
-        dscore = dscore * derivative
-        dquery += _dot(dscore.to(key.dtype), key, PRECISION, WIDE)
+    PLAIN: tl.constexpr = not (HAS_VALID or HAS_START)
+    first, last = _free_keys(low, high, first_row, Tq, Tk, window, HAS_WINDOW, PLAIN, BM, BN)
+    if HAS_WINDOW and PLAIN:
+        dquery, dslope, sums = _query_gradient(
+            query, k, v, dout, row_lse, row_delta, valid, start, dquery, dslope, sums, b, kv_head, rows, low, first,
+            Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
+            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
+        )  # fmt: skip
+    if PLAIN:
+        dquery, dslope, sums = _query_gradient(
+            query, k, v, dout, row_lse, row_delta, valid, start, dquery, dslope, sums, b, kv_head, rows, first, last,
+            Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
+            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, False, PRECISION, WIDE,
+        )  # fmt: skip
+    dquery, dslope, sums = _query_gradient(
+        query, k, v, dout, row_lse, row_delta, valid, start, dquery, dslope, sums, b, kv_head, rows, last, high,
+        Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
+        HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
+    )  # fmt: skip
     _store_tile(dq, dquery * scale, b, h, rows, Tq, H, K, BK)
     tl.store(exact + offsets, sums, mask=rows < Tq)
     if HAS_ALIBI:
         tl.store(dalibi + offsets, dslope, mask=rows < Tq)
+
+
+@triton.jit
+def _key_gradient(
+    q, key, value, grad, lse, delta, valid, start, dkey, dvalue,
+    b, h, keys, low, high, Tq, Tk, window, scale, softcap, slope,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What the queries [low, high) of head h add to the gradients of these keys and values."""
+    for begin in range(low, high, BM):
+        rows = begin + tl.arange(0, BM)
+        offsets = (b.to(tl.int64) * H + h) * Tq + rows
+        query = _tile(q, b, h, rows, Tq, Tq, H, K, BK)
+        dout = _tile(grad, b, h, rows, Tq, Tq, H, V, BV)
+        row_lse = tl.load(lse + offsets, mask=rows < Tq, other=float("inf")) * LOG2E
+        row_delta = tl.load(delta + offsets, mask=rows < Tq, other=0.0)
+        score, squashed = _score(
+            query, key, rows, keys, Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION, WIDE
+        )
+        if MASKED:
+            seen = _visible(valid, start, b, rows, keys, Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START)
+            score = tl.where(seen, score, float("-inf"))
+        weight = tl.exp2(score - row_lse[:, None])
+        dvalue += _dot(tl.trans(weight.to(dout.dtype)), dout, PRECISION, WIDE)
+        dweight = _dot(dout, tl.trans(value), PRECISION, WIDE)
+        dscore = weight * (dweight - row_delta[:, None])
+        if HAS_SOFTCAP:
+            dscore = dscore * (1.0 - squashed * squashed)
+        dkey += _dot(tl.trans(dscore.to(query.dtype)), query, PRECISION, WIDE)
+    return dkey, dvalue
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
@@ -238,104 +352,38 @@ def backward_key_kernel(
         high = tl.minimum(high, first_key + BN - 1 - (Tk - Tq) + window)
     if HAS_START:
         high = tl.minimum(high, tl.load(stop + tl.minimum(first_key + BN, Tk) - 1))
+    # The queries [first, last) see all of these keys.
+    PLAIN: tl.constexpr = not (HAS_VALID or HAS_START)
+    first, last = high, high
+    if PLAIN:
+        first = tl.minimum(high, tl.cdiv(tl.maximum(0, first_key + BN - 1 - (Tk - Tq)), BM) * BM)
+        if HAS_WINDOW:
+            free = first_key + window - (Tk - Tq)
+            last = tl.maximum(first, tl.minimum(high, tl.maximum(0, free) // BM * BM))
     for group in range(H // HK):
         h = kv_head * (H // HK) + group
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(alibi + h).to(tl.float32)
-        for begin in range(low, high, BM):
-            rows = begin + tl.arange(0, BM)
-            offsets = (b.to(tl.int64) * H + h) * Tq + rows
-            query = _tile(q, b, h, rows, Tq, Tq, H, K, BK)
-            dout = _tile(grad, b, h, rows, Tq, Tq, H, V, BV)
-            row_lse = tl.load(lse + offsets, mask=rows < Tq, other=float("inf"))
-            row_delta = tl.load(delta + offsets, mask=rows < Tq, other=0.0)
-            score, derivative = _score(
-                query, key, rows, keys, Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION, WIDE
-            )
-            seen = _visible(valid, start, b, rows, keys, Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START)
-            weight = tl.exp(tl.where(seen, score, float("-inf")) - row_lse[:, None])
-            dvalue += _dot(tl.trans(weight.to(dout.dtype)), dout, PRECISION, WIDE)
-            dweight = _dot(dout, tl.trans(value), PRECISION, WIDE)
-            dscore = weight * (dweight - row_delta[:, None]) * derivative
-            dkey += _dot(tl.trans(dscore.to(query.dtype)), query, PRECISION, WIDE)
+        dkey, dvalue = _key_gradient(
+            q, key, value, grad, lse, delta, valid, start, dkey, dvalue, b, h, keys, low, first,
+            Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
+            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
+        )  # fmt: skip
+        if PLAIN:
+            dkey, dvalue = _key_gradient(
+                q, key, value, grad, lse, delta, valid, start, dkey, dvalue, b, h, keys, first, last,
+                Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
+                HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, False, PRECISION, WIDE,
+            )  # fmt: skip
+        if HAS_WINDOW and PLAIN:
+            dkey, dvalue = _key_gradient(
+                q, key, value, grad, lse, delta, valid, start, dkey, dvalue, b, h, keys, last, high,
+                Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
+                HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
+            )  # fmt: skip
     _store_tile(dk, dkey * scale, b, kv_head, keys, Tk, HK, K, BK)
     _store_tile(dv, dvalue, b, kv_head, keys, Tk, HK, V, BV)
-
-
-@triton.jit(do_not_specialize=["T", "step"])
-def decode_kernel(
-    q, k, v, sinks, alibi, valid, ring_k, ring_v, ring_valid, count, o, T, step, scale, softcap,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """One program: token `step` of one sequence and head against the ring; the first head of a group writes the slot.
-
-    The slot of the new token is never read from the ring, so heads of a group need not wait for each other.
-    `ring_valid` and `count` are updated by `advance_kernel` afterwards.
-    """
-    n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    kv_head = h // (H // HK)
-    across_k, across_v = tl.arange(0, BK), tl.arange(0, BV)
-    token = n * T + step
-    query = tl.load(q + (token * H + h) * K + across_k, mask=across_k < K, other=0.0).to(tl.float32)
-    new_k = tl.load(k + (token * HK + kv_head) * K + across_k, mask=across_k < K, other=0.0)
-    new_v = tl.load(v + (token * HK + kv_head) * V + across_v, mask=across_v < V, other=0.0)
-    seen_tokens = tl.load(count + n)
-    slot = (seen_tokens % W).to(tl.int32)
-    counts = True
-    if HAS_VALID:
-        counts = tl.load(valid + token) != 0
-    top = -1.0e30
-    total = 0.0
-    if HAS_SINKS:
-        top = tl.load(sinks + h).to(tl.float32)
-        total = 1.0
-    mixed = tl.zeros((BV,), tl.float32)
-    row = n * HK + kv_head
-    for begin in range(0, W, BN):
-        slots = begin + tl.arange(0, BN)
-        is_new = slots == slot
-        old = (slots < W) & (slots != slot)
-        offsets_k = (row * W + slots)[:, None] * K + across_k[None, :]
-        key = tl.load(ring_k + offsets_k, mask=old[:, None] & (across_k < K)[None, :], other=0.0)
-        key = tl.where(is_new[:, None], new_k[None, :].to(key.dtype), key).to(tl.float32)
-        score = tl.sum(query[None, :] * key, 1) * scale
-        if HAS_SOFTCAP:
-            score = _tanh(score / softcap) * softcap
-        if HAS_ALIBI:
-            age = (slot - slots + W) % W
-            score -= tl.load(alibi + h).to(tl.float32) * age.to(tl.float32)
-        live = tl.load(ring_valid + n * W + slots, mask=old, other=0) != 0
-        score = tl.where((live | is_new) & counts, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 0))
-        weight = tl.exp(score - new_top)
-        shrink = tl.exp(top - new_top)
-        offsets_v = (row * W + slots)[:, None] * V + across_v[None, :]
-        value = tl.load(ring_v + offsets_v, mask=old[:, None] & (across_v < V)[None, :], other=0.0)
-        value = tl.where(is_new[:, None], new_v[None, :].to(value.dtype), value).to(tl.float32)
-        total = total * shrink + tl.sum(weight, 0)
-        mixed = mixed * shrink + tl.sum(weight[:, None] * value, 0)
-        top = new_top
-    out = mixed / tl.where(total == 0.0, 1.0, total)
-    tl.store(o + (token * H + h) * V + across_v, out.to(o.dtype.element_ty), mask=across_v < V)
-    if h % (H // HK) == 0:
-        target = row * W + slot
-        tl.store(ring_k + target * K + across_k, new_k.to(ring_k.dtype.element_ty), mask=across_k < K)
-        tl.store(ring_v + target * V + across_v, new_v.to(ring_v.dtype.element_ty), mask=across_v < V)
-
-
-@triton.jit(do_not_specialize=["T", "step"])
-def advance_kernel(valid, ring_valid, count, T, step, W: tl.constexpr, HAS_VALID: tl.constexpr):
-    """One program: one sequence has seen token `step`."""
-    n = tl.program_id(0).to(tl.int64)
-    seen_tokens = tl.load(count + n)
-    counts = tl.full((), 1, tl.int8)
-    if HAS_VALID:
-        counts = tl.load(valid + n * T + step).to(tl.int8)
-    tl.store(ring_valid + n * W + seen_tokens % W, counts.to(ring_valid.dtype.element_ty))
-    tl.store(count + n, seen_tokens + 1)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, band: Band) -> tuple[Tensor, Tensor]:
@@ -345,12 +393,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, band: Band) -
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     if o.numel() == 0:
         return o, lse
-    static = _static(q, k, v)
-    _run(
-        forward_kernel, _blocks(queries, static["BM"]) * batch * heads,
-        q, k, v, *_pointers(q, sinks, band.alibi, band.valid, band.start), o, lse,
+    options = {**_launch(q, static_sizes(q, k, v), "forward"), **_flags(band)}
+    run(
+        forward_kernel, _blocks(queries, options["BM"]) * batch * heads,
+        q, k, v, *pointers(q, sinks, band.alibi, band.valid, band.start), o, lse,
         queries, k.shape[1], band.window or 0, band.scale, band.softcap or 1.0,
-        **static, **_flags(band), HAS_SINKS=sinks is not None, **_launch(q.dtype, static),
+        HAS_SINKS=sinks is not None, **options,
     )  # fmt: skip
     return o, lse
 
@@ -367,92 +415,68 @@ def backward(
     if o.numel() == 0:
         dsinks, dslopes = (None if x is None else x.new_zeros(heads) for x in (sinks, dalibi))
         return dq, dk.zero_(), dv.zero_(), dsinks, dslopes
-    static = _static(q, k, v)
-    alibi, valid, start, stop = _pointers(q, band.alibi, band.valid, band.start, band.stop)
+    options = {**_launch(q, static_sizes(q, k, v), "backward"), **_flags(band)}
+    alibi, valid, start, stop = pointers(q, band.alibi, band.valid, band.start, band.stop)
     numbers = (queries, k.shape[1], band.window or 0, band.scale, band.softcap or 1.0)
-    options = {**static, **_flags(band), **_launch(q.dtype, static)}
-    _run(
-        backward_query_kernel, _blocks(queries, static["BM"]) * batch * heads,
+    run(
+        backward_query_kernel, _blocks(queries, options["BM"]) * batch * heads,
         q, k, v, grad, lse, delta, alibi, valid, start,
         dq, exact, exact if dalibi is None else dalibi, *numbers, **options
     )  # fmt: skip
-    _run(
-        backward_key_kernel, _blocks(k.shape[1], static["BN"]) * batch * k.shape[2],
+    run(
+        backward_key_kernel, _blocks(k.shape[1], options["BN"]) * batch * k.shape[2],
         q, k, v, grad, lse, exact, alibi, valid, start, stop, dk, dv, *numbers, **options
     )  # fmt: skip
     dsinks = None if sinks is None else sink_gradient(sinks, lse, exact)
     return dq, dk, dv, dsinks, None if dalibi is None else dalibi.sum((0, 2))
 
 
-def step(
-    q: Tensor, k: Tensor, v: Tensor, state: WindowState, sinks: Tensor | None, valid: Tensor | None, band: Band
-) -> Tensor:
-    """As `torch_impl.step`; the tokens are taken one after another."""
-    sequences, steps, heads, _ = q.shape
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    for name, tensor in zip(WindowState._fields, state, strict=True):
-        if not tensor.is_contiguous():
-            raise KernelError(f"state.{name} must be contiguous")
-    o = q.new_empty(sequences, steps, heads, v.shape[-1])
-    if o.numel() == 0:
-        return o
-    static = _static(q, k, v)
-    static = {name: static[name] for name in ("H", "HK", "K", "V", "BK", "BV")} | {"W": state.valid.shape[1]}
-    sinks_, alibi, valid_ = _pointers(q, sinks, band.alibi, valid)
-    ring_valid = state.valid.view(torch.uint8)
-    flags = {"HAS_SINKS": sinks is not None, "HAS_ALIBI": band.alibi is not None, "HAS_VALID": valid is not None}
-    for number in range(steps):
-        _run(
-            decode_kernel, sequences * heads,
-            q, k, v, sinks_, alibi, valid_, state.k, state.v, ring_valid, state.count, o,
-            steps, number, band.scale, band.softcap or 1.0,
-            **static, **flags, HAS_SOFTCAP=band.softcap is not None, BN=64, num_warps=4,
-        )  # fmt: skip
-        _run(
-            advance_kernel, sequences,
-            valid_, ring_valid, state.count, steps, number,
-            W=static["W"], HAS_VALID=valid is not None, num_warps=1,
-        )  # fmt: skip
-    return o
-
-
 def _blocks(total: int, size: int) -> int:
     return (total + size - 1) // size
 
 
-def _run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     with torch.cuda.device_of(arguments[0]):
         kernel[(programs,)](*arguments, **options)
 
 
-def tiles(dtype: torch.dtype, width: int) -> tuple[int, int, int]:
-    """(BM, BN, warps) for a padded head width: every kernel stays under 99 KiB of shared memory on every chip.
+def tiles(dtype: torch.dtype, width: int, kind: str, large: bool) -> tuple[int, int, int, int]:
+    """(BM, BN, warps, stages) of a "forward" or "backward" kernel for a padded head width.
 
-    fp32 products run without tensor cores, whose code grows with the tile; small ones keep compilation in seconds.
+    `large`: the chip gives a block 200 KiB of shared memory or more (tuned on one of these); otherwise every kernel
+    stays under 99 KiB. fp32 products run without tensor cores, whose code grows with the tile; small ones
+    keep compilation in seconds.
     """
     if dtype == torch.float32:
-        return (16, 16, 4) if width > 128 else (32, 32, 4)
-    return (32, 32, 4) if width > 128 else (64, 64, 4)
+        return (16, 16, 4, 1) if width > 128 else (32, 32, 4, 1)
+    if large:
+        return LARGE[kind, width]
+    return (32, 32, 4, 1) if width > 128 else (64, 64, 4, 1)
 
 
-def _static(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+@functools.cache
+def has_large_memory(device: torch.device) -> bool:
+    """Whether a block of this GPU may use 200 KiB of shared memory."""
+    if device.type != "cuda":
+        return False
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 200 << 10
+
+
+def static_sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+    """Compile-time sizes of a call. Raises KernelError for a dtype or a width that these kernels do not take."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise KernelError(
             f"Triton window attention takes fp32, bf16 or fp16, got {q.dtype}; use implementation='torch'"
         )
     if max(q.shape[-1], v.shape[-1]) > _MAX_WIDTH:
         raise KernelError(f"head widths above {_MAX_WIDTH} are not supported, got K={q.shape[-1]}, V={v.shape[-1]}")
-    return _shapes(q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    return _sizes(q.shape[2], k.shape[2], q.shape[3], v.shape[3])
 
 
-def _shapes(dtype: torch.dtype, heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
-    """Compile-time sizes. Widths are padded to at least 64, so that no product has a narrow operand."""
+def _sizes(heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
+    """Widths are padded to at least 64, so that no product has a narrow operand."""
     padded_k, padded_v = (max(64, 1 << (width - 1).bit_length()) for width in (key_dim, value_dim))
-    rows, keys, _ = tiles(dtype, max(padded_k, padded_v))
-    return {
-        **{"H": heads, "HK": kv_heads, "K": key_dim, "V": value_dim},
-        **{"BM": rows, "BN": keys, "BK": padded_k, "BV": padded_v},
-    }
+    return {"H": heads, "HK": kv_heads, "K": key_dim, "V": value_dim, "BK": padded_k, "BV": padded_v}
 
 
 def _flags(band: Band) -> dict[str, bool]:
@@ -465,10 +489,13 @@ def _flags(band: Band) -> dict[str, bool]:
     }
 
 
-def _launch(dtype: torch.dtype, static: dict[str, Any]) -> dict[str, Any]:
-    _, _, warps = tiles(dtype, max(static["BK"], static["BV"]))
-    wide = dtype == torch.bfloat16 and triton_interpreted()
-    return {"PRECISION": precision(dtype), "WIDE": wide, "num_warps": warps, "num_stages": 1}
+def _launch(q: Tensor, static: dict[str, int], kind: str) -> dict[str, Any]:
+    """Tile sizes, warps, stages and the products' precision."""
+    width = max(static["BK"], static["BV"])
+    rows, keys, warps, stages = tiles(q.dtype, width, kind, has_large_memory(q.device))
+    wide = q.dtype == torch.bfloat16 and triton_interpreted()
+    sizes = {"BM": rows, "BN": keys, "num_warps": warps, "num_stages": stages}
+    return {**static, **sizes, "PRECISION": precision(q.dtype), "WIDE": wide}
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -476,7 +503,7 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def _pointers(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+def pointers(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     """Contiguous tensors for the kernels (bool as bytes); an absent one is replaced by one that is never read."""
     ready = [stand_in if t is None else t.contiguous() for t in tensors]
     return [t.view(torch.uint8) if t.dtype == torch.bool else t for t in ready]
@@ -487,21 +514,23 @@ _FP32_POINTERS = ("lse", "delta", "exact", "dalibi", "sinks", "alibi")
 _INTEGERS = ("Tq", "Tk", "T", "window", "step")
 
 
-def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Every shipped configuration: name, kernel, signature, constants, warps, stages."""
+def configurations(large: bool = False) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """Every shipped configuration: name, kernel, signature, constants, warps, stages. `large`: see `tiles`."""
+    from fla_swap.kernels.window.triton_step import advance_kernel, decode_kernel
+
     for dtype, code in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for width in (64, 128, 256):
-            shapes = _shapes(dtype, 8, 4, width, width)
-            _, _, warps = tiles(dtype, width)
+            sizes = _sizes(8, 4, width, width)
             for kernel in (forward_kernel, backward_query_kernel, backward_key_kernel):
+                kind = "forward" if kernel is forward_kernel else "backward"
+                rows, keys, warps, stages = tiles(dtype, width, kind, large)
                 for plain in (True, False):
-                    constants = {name: shapes[name] for name in shapes}
+                    constants: dict[str, Any] = {**sizes, "BM": rows, "BN": keys}
                     constants |= {name: not plain for name in kernel.arg_names if name.startswith("HAS_")}
                     constants |= {"HAS_WINDOW": True, "PRECISION": precision(dtype), "WIDE": False}
-                    kind = "plain" if plain else "everything"
-                    name = f"{kernel.__name__}-{code}-{width}-{kind}"
-                    yield name, kernel, _signature(kernel, code, constants), constants, warps, 1
-            constants = {name: shapes[name] for name in shapes if name != "BM"} | {"W": 1000, "BN": 64}
+                    name = f"{kernel.__name__}-{code}-{width}-{'plain' if plain else 'everything'}"
+                    yield name, kernel, _signature(kernel, code, constants), constants, warps, stages
+            constants = {**sizes, "W": 1000, "BN": 64}
             constants |= {name: True for name in decode_kernel.arg_names if name.startswith("HAS_")}
             signature = _signature(decode_kernel, code, constants)
             yield f"decode_kernel-{code}-{width}", decode_kernel, signature, constants, 4, 1
