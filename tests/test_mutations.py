@@ -34,7 +34,7 @@ def proof(family: str) -> tuple[Any, ...]:
         return prove(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection, "prove", recorded)
+        patch.setattr(inspection, "prove_site", recorded)
         inspection.inspect(MODELS[family]() if family in MODELS else tiny(family, "eager"), *INPUTS.get(family, ()))
     return calls[0]
 
