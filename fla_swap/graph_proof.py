@@ -36,19 +36,20 @@ def prove_in_graph(site: AttentionSite, region: Region) -> Proof:
     graph, weights, valid = _random(region.graph)
     inputs = {n: _stream(n, seed) for seed, n in enumerate((region.hidden, region.memory), start=1) if n is not None}
     hidden = inputs[region.hidden]
-    if valid is None or valid.shape != hidden.shape[:2]:
-        valid = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    given = _batch_first(hidden, site)
+    if valid is None or valid.shape != given.shape[:2]:
+        valid = torch.ones(given.shape[:2], dtype=torch.bool)
     more: dict[str, Any] = {"valid": valid}
     if region.memory is not None:
-        memory = inputs[region.memory]
+        memory = _batch_first(inputs[region.memory], site)
         more |= {"memory": memory, "memory_valid": torch.ones(memory.shape[:2], dtype=torch.bool)}
     with torch.no_grad():
         try:
-            wanted = graph.run(region.end, inputs)
+            wanted = _batch_first(graph.run(region.end, inputs), site)
             mixer = Softmax.from_attention(site, weights).eval()
         except (FlaSwapError, KeyError, RuntimeError, ValueError) as error:
             raise VerificationError(f"{site.fqn}: the attention cannot be rebuilt from its site: {error}") from error
-        found = mixer(hidden, **more)[0]
+        found = mixer(given, **more)[0]
     found, wanted = found[valid].double(), wanted[valid].double()
     error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
     if not error <= TOLERANCE:
@@ -57,6 +58,10 @@ def prove_in_graph(site: AttentionSite, region: Region) -> Proof:
             f"at most {TOLERANCE:.0e} is accepted): {site.source} computes something that the site does not say"
         )
     return Proof(error=error)
+
+
+def _batch_first(states: Tensor, site: AttentionSite) -> Tensor:
+    return states.transpose(0, 1) if site.call.time_first else states
 
 
 def _stream(node: fx.Node, seed: int) -> Tensor:

@@ -99,6 +99,23 @@ def _follows(node: fx.Node, owner: str, graph: CapturedGraph) -> bool:
     return False
 
 
+def sources(start: fx.Node, graph: CapturedGraph) -> list[fx.Node]:
+    """What `start` is made of through projections, norms and movements of data alone, nearest first, itself too."""
+    found = [start]
+    while True:
+        node = found[-1]
+        linear, norm = match_linear(node, graph), QKNorm().match(node, graph)
+        inputs = graph.open_inputs(node)
+        if isinstance(linear, Found):
+            found.append(linear.facts["projection"].x)
+        elif isinstance(norm, Found) and norm.next is not None:
+            found.append(norm.next)
+        elif node.target in _QUIET and len(inputs) == 1:
+            found.append(inputs[0])
+        else:
+            return found
+
+
 def _shared(k: list[Linear], v: list[Linear]) -> int:
     """How many channels the keys have beside those that come from the latent: they are copied to every head."""
     latent = {linear.out for linear in v}

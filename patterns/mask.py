@@ -99,7 +99,7 @@ def classify(tables: Sequence[MaskTable]) -> Mask:
             return candidate
     known = {_other_kind(t.seen) for t in tables}
     if len(known) == 1 and None not in known:
-        raise MaskRefused(f"{known.pop()}: a site states causal, window, chunked and bidirectional masks")
+        raise MaskRefused(f"{known.pop()}: a site states causal, window, chunked, bidirectional and local masks")
     raise MaskRefused(
         "the mask is neither causal, a window, chunked, bidirectional nor local at lengths "
         + ", ".join(str(t.seen.shape[0]) for t in tables)
@@ -112,8 +112,6 @@ def _other_kind(seen: Tensor) -> str | None:
     first = int(seen[0].sum())
     if torch.equal(seen, (j <= i) | (j < first)):
         return f"a prefix-LM mask (the first {first} tokens see each other)"
-    if torch.equal(seen, (i - j).abs() < first):
-        return f"a bidirectional window of {first - 1} tokens to either side"
     for size in range(1, seen.shape[0]):
         if torch.equal(seen, i // size == j // size):
             return f"bidirectional blocks of {size} tokens"

@@ -203,7 +203,8 @@ def output_facts(
 ) -> dict[str, Any] | Refused:
     """The facts of a site that stand after the core: the heads' norm and gate, another width of the output."""
     facts: dict[str, Any] = {}
-    if output.linear is not None and output.linear.outputs != (shape(hidden) or ())[-1]:
+    width = shape(hidden)
+    if output.linear is not None and width is not None and output.linear.outputs != width[-1]:
         facts["output_size"] = output.linear.outputs
     try:
         if output.norm is not None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fla_swap.patterns.base import Refused
+from fla_swap.patterns.adapters import match_linear
+from fla_swap.patterns.base import Found, Refused
 from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, modules_of, shape
+from fla_swap.patterns.latent import sources
 from fla_swap.patterns.output import (
     CAT,
     Boundary,
@@ -89,10 +91,41 @@ def find_place(
         several = around is None or sum(around in modules_of(n) for n in cores) > len(own)
         if refused.slot != "owner" and not several:
             raise
+        if read_elsewhere(outs, own, graph) is not None:
+            raise
         found = find_region(outs, inputs, own, graph)
         if found is None:
             raise
+        series = _in_series(found[1], graph)
+        if series is not None:
+            reason = f"{series.name} is made of the same tensor as the other projections' input: they stand in series"
+            raise OutwardsRefused("owner", reason, series) from refused
         return *found, False
+
+
+def read_elsewhere(outs: Sequence[fx.Node], own: Sequence[fx.Node], graph: CapturedGraph) -> fx.Node | None:
+    """Who reads the attention weights of `own` beside the products `outs`: it would go on reading the old ones."""
+    walks = [n for n in own if n not in outs]
+    while walks:
+        for user in readers(walks.pop()):
+            if user in outs:
+                continue
+            if user.target not in LAYOUT | CAST | DROPOUT or len(graph.open_inputs(user)) != 1:
+                return user
+            walks.append(user)
+    return None
+
+
+def _in_series(boundary: Boundary, graph: CapturedGraph) -> fx.Node | None:
+    """The one of hidden states and memory that is a projection of what the other is made of: no cross-attention."""
+    if boundary.memory is None:
+        return None
+    hidden, memory = sources(boundary.hidden, graph), sources(boundary.memory, graph)
+    shared = set(hidden) & set(memory)
+    for start, chain in ((boundary.hidden, hidden), (boundary.memory, memory)):
+        if any(isinstance(match_linear(n, graph), Found) for n in chain if n not in shared) and shared:
+            return start
+    return None
 
 
 def find_region(

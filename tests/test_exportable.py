@@ -108,7 +108,9 @@ def test_a_buffer_that_nothing_computes_is_an_error_that_names_it() -> None:
 def test_a_scale_that_is_a_weight_without_value_is_refused() -> None:
     with pytest.raises(NoAttentionFound) as caught:
         inspect(on_meta(temperature=True), EXAMPLE)
-    assert {m.slot for m in caught.value.report.near_misses} == {"scores"}
+    near = caught.value.report.near_misses
+    assert [m.slot for m in near] == ["mask", "mask"]
+    assert "a learned factor of the scores, made of the parameter '0.temperature'" in " ".join(m.reason for m in near)
 
 
 def test_one_layer_of_each_structure_is_proved() -> None:

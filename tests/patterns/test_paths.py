@@ -16,7 +16,7 @@ from fla_swap.capture import capture
 from fla_swap.inspection import inspect
 from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify
 from fla_swap.patterns.weights import Spread, WeightsRefused, read_spread
-from fla_swap.types import AttentionSite, LowRank, NearMiss, Norm, Temperature, WeightRef
+from fla_swap.types import AttentionSite, LowRank, Mask, NearMiss, Norm, Temperature, WeightRef
 
 H, D, WIDTH = 2, 8, 16
 
@@ -321,9 +321,9 @@ def test_a_wrapped_model_states_its_adapters_and_its_cache() -> None:
 class Latent(nn.Module):
     """Keys and values from a latent of 6 channels, and 4 rotated ones shared by the heads; queries of rank `rank`."""
 
-    def __init__(self, rank: int | None, latent: bool):
+    def __init__(self, rank: int | None, latent: bool, causal: bool = True):
         super().__init__()
-        self.rank, self.latent = rank, latent
+        self.rank, self.latent, self.causal = rank, latent, causal
         self.q_a, self.q_norm = nn.Linear(WIDTH, rank or WIDTH), nn.RMSNorm(rank or WIDTH)
         self.q_b = nn.Linear(rank or WIDTH, H * D)
         self.k, self.v, self.o = (nn.Linear(WIDTH, H * D) for _ in range(3))
@@ -338,10 +338,11 @@ class Latent(nn.Module):
             k = torch.cat((k, turned[:, None].expand(-1, H, -1, -1)), -1)
         else:
             k, v = (p(x).unflatten(-1, (H, D)).transpose(1, 2) for p in (self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.o(mixed.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("rank", "latent", "reason"),
     [
@@ -350,8 +351,10 @@ class Latent(nn.Module):
         (5, False, "low-rank queries: q goes through 5 channels"),
     ],
 )
-def test_projections_in_series_are_named(rank: int | None, latent: bool, reason: str) -> None:
-    found = inspect(Block(Latent(rank, latent)), torch.randn(1, 7, WIDTH), strict=False)
+def test_projections_in_series_are_named(rank: int | None, latent: bool, reason: str, causal: bool) -> None:
+    """A latent is no memory, and these are no cross-attentions, whatever the mask."""
+    found = inspect(Block(Latent(rank, latent, causal)), torch.randn(1, 7, WIDTH), strict=False)
+    assert not found.sites
     (near,) = found.near_misses
     assert near.slot == "projection" and reason in near.reason, near.reason
 
@@ -439,7 +442,6 @@ def test_keys_and_values_of_another_layer_are_named() -> None:
     ("seen", "reason"),
     [
         (lambda i, j: (j <= i) | ((i < 4) & (j < 4)), "prefix-LM mask .the first 4 tokens"),
-        (lambda i, j: (i - j).abs() <= 3, "bidirectional window of 3 tokens to either side"),
         (lambda i, j: i // 4 == j // 4, "bidirectional blocks of 4 tokens"),
         (lambda i, j: (j <= i) & ((i - j) % 3 != 1), "neither causal"),
     ],
@@ -448,6 +450,12 @@ def test_masks_without_a_word_are_named(seen: Any, reason: str) -> None:
     tables = [MaskTable(seen=seen(torch.arange(n)[:, None], torch.arange(n)[None]), bias=None) for n in (13, 29)]
     with pytest.raises(MaskRefused, match=reason):
         classify(tables)
+
+
+def test_a_window_to_either_side_is_local() -> None:
+    steps = [torch.arange(n) for n in (13, 29)]
+    tables = [MaskTable(seen=(i[:, None] - i).abs() <= 3, bias=None) for i in steps]
+    assert classify(tables) == Mask(kind="local", window=4)
 
 
 def test_a_bias_by_relative_position_is_named() -> None:

@@ -6,7 +6,9 @@ import dataclasses
 from functools import cache
 
 import pytest
+import torch
 from plain_models import whole
+from torch import Tensor, nn
 
 import fla_swap as fs
 from fla_swap.errors import SwapError, VerificationError
@@ -69,3 +71,31 @@ def test_facts_that_are_off_by_little_do_not_survive_the_proof() -> None:
     for wrong in ({"scale": site.scale * 1.001}, {"mask": Mask(kind="window", window=9)}, {"q": site.k}):
         with pytest.raises(VerificationError, match="computes something that the site does not say"):
             prove_in_graph(dataclasses.replace(site, **wrong), region)
+
+
+class Twice(nn.Module):
+    """A module of PyTorch's that is called twice, or once with its attention weights returned."""
+
+    def __init__(self, batch_first: bool, weights: bool = False):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=batch_first)
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            mixed, weights = self.attention(x, x, x, need_weights=self.weights)
+            x = x + mixed if weights is None else (x + mixed) * weights.sum((1, 2))[:, None, None]
+        return x
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_inside_a_module_the_tokens_may_stand_first(batch_first: bool) -> None:
+    report = fs.inspect(Twice(batch_first), torch.randn(2, 9, 16))
+    assert [(s.fqn, s.call.time_first, s.proved) for s in report.sites] == [
+        (f"attention#{n}", True, True) for n in (0, 1)
+    ]
+
+
+def test_attention_weights_that_somebody_reads_would_be_the_old_ones() -> None:
+    report = fs.inspect(Twice(True, weights=True), torch.randn(2, 9, 16), strict=False)
+    assert not report.sites and len(report.near_misses) == 2 and {m.slot for m in report.near_misses} == {"owner"}
