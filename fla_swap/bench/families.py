@@ -192,19 +192,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     only = [t for t in options.only.split(",") if t]
-    known = {t: g for g in GROUPS for t in model_types(g)}
-    for name in only:
-        if name not in known:
-            parser.error(f"transformers has no model type {name!r} in the groups {list(GROUPS)}")
     groups = options.group or list(GROUPS)
-    chosen = [(t, known[t]) for t in only] or [(t, g) for g in groups for t in model_types(g)]
+    every = [(t, g) for g in groups for t in model_types(g)]
+    for name in only:
+        if name not in {t for t, _ in every}:
+            parser.error(f"transformers has no model type {name!r} in the groups {groups}")
+    chosen = [(t, g) for t, g in every if not only or t in only]
     wanted = [(t, g, i) for t, g in chosen for i in options.implementation or IMPLEMENTATIONS]
     results: list[Result] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("families", total=len(wanted))
         for result in inspect_all(wanted, options.limit, options.workers):
             results.append(result)
-            line = f"{result.family} [dim]{result.implementation}[/dim] {result.verdict}"
+            line = f"{result.family} [dim]{result.group} {result.implementation}[/dim] {result.verdict}"
             progress.console.print(line, highlight=False, soft_wrap=True)
             progress.advance(task)
     results.sort(key=lambda r: wanted.index((r.family, r.group, r.implementation)))

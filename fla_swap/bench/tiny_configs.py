@@ -162,12 +162,10 @@ CHOSEN: dict[str, str] = {
 
 
 def model_types(group: str) -> tuple[str, ...]:
-    """The model types of a group, sorted; a type that belongs to an earlier group too is left to that one."""
-    names = list(GROUPS)
-    earlier = {t for g in names[: names.index(group)] for t in model_types(g)}
+    """The model types of a group, sorted. A type may be in several (BERT can be a decoder)."""
     known = getattr(modeling_auto, GROUPS[group][1])
     chosen = CHOSEN[group].split() if group in CHOSEN else known
-    return tuple(sorted(t for t in chosen if t in known and t not in earlier))
+    return tuple(sorted(t for t in chosen if t in known))
 
 
 def tiny_config(model_type: str, group: str = "decoder") -> Any:
