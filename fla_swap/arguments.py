@@ -62,11 +62,13 @@ def fetch(path: ArgPath | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def joined_masks(pairs: Tensor | None, padding: Tensor | None, *, hides: bool) -> Tensor | None:
-    """One mask of truth values (True is seen) made of one over pairs of tokens, [T, S], and one over the keys, [B, S].
+    """One mask of truth values (True is seen) made of one over pairs of tokens, [T, S], and one over the keys, [B, S]
+    or [B, 1, 1, S].
 
     Both may be bool (true where a key is hidden if `hides`) or additive. Returns [B, S] for padding alone, else
     [B or 1, 1, T, S], where a token that would see nothing sees itself.
     """
+    padding = padding if padding is None else padding.flatten(1)
     if pairs is None:
         return None if padding is None else _seen(padding, hides)
     seen = _seen(pairs, hides)[None, None]

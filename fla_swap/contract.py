@@ -308,8 +308,8 @@ def _looks_like_a_mask(value: Tensor, length: int, keys: int) -> bool:
 
 def _mask_kind(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor) -> str | None:
     """What a mask argument is, None when it is not the site's mask: "mask" ([B, S] of whole numbers or truth values, or
-    [B or 1, 1 or H, T or 1, S]), "padding" ([B, S], to be added), "pairs" ([T, S]); with " hidden" after it when it is
-    true where a key is hidden."""
+    [B or 1, 1 or H, T or 1, S]), "padding" ([B, S] to be added, or [B, 1, 1, S] beside a mask that the owner makes
+    itself), "pairs" ([T, S]); with " hidden" after it when it is true where a key is hidden."""
     batch, length = valid.shape
     if value.is_complex() or value.shape[-1:] != keys.shape[-1:] or value.dim() not in (2, 4):
         return None
@@ -322,6 +322,9 @@ def _mask_kind(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor) 
         if value.dim() == 4:
             if value.shape[-2] in (1, length) and bool(((seen == wanted) | ~rows).all()):
                 return "mask" + suffix
+            over_keys = value.shape[:3] == (batch, 1, 1) and (value.dtype == torch.bool or value.is_floating_point())
+            if over_keys and torch.equal(seen[:, 0, 0], keys):
+                return "padding" + suffix
             continue
         if len(value) in (1, batch) and torch.equal(seen.expand(keys.shape), keys):
             return "padding" + suffix if suffix or value.is_floating_point() else "mask"

@@ -110,7 +110,7 @@ def _flat(config: Any, layer: int | None) -> dict[str, Any]:
     """The fields of a config, with those of an attention config inside it, and of this layer where layers differ."""
     fields = dict(vars(config))
     differing = getattr(config, "per_layer_config", None)
-    if differing is not None and layer is not None and layer < config.num_hidden_layers:
+    if differing is not None and layer is not None and layer < getattr(config, "num_hidden_layers", 0):
         fields |= {n: v for n, v in vars(differing[layer]).items() if not n.startswith("_")}
     for name in getattr(config, "attribute_map", {}):
         fields.setdefault(name, getattr(config, name, None))

@@ -13,7 +13,6 @@ from torch import fx
 from fla_swap.patterns.base import ABSENT, Found, Recogniser, Refused, Result
 from fla_swap.patterns.graph import (
     CAST,
-    CONTRACTION,
     DROPOUT,
     LAYOUT,
     CapturedGraph,
@@ -23,11 +22,13 @@ from fla_swap.patterns.graph import (
     shape,
 )
 from fla_swap.patterns.normalise import find_softmax
+from fla_swap.patterns.reach import between_products, mixes_heads
 from fla_swap.patterns.steps import MUL
 
 SDPA = _ops("scaled_dot_product_attention")
 PRODUCT = _ops("matmul", "bmm")
 BADDBMM = _ops("baddbmm")
+FILL = _ops("masked_fill", "masked_fill_")
 SLICE = _ops("slice")
 MOVES = LAYOUT - _ops(
     *("cat", "concat", "stack", "slice", "select", "narrow", "index", "index_select", "split", "split_with_sizes"),
@@ -39,7 +40,8 @@ MOVES = LAYOUT - _ops(
 class MaskTerm:
     """One closed tensor that decides what a query sees; `kind` "add" (to the scores), "keep" or "drop" (where true).
 
-    or "times" (multiplied with them, 1 where they count). `factor`: what the scores are multiplied by afterwards.
+    or "times" (multiplied with them, 1 where they count); of the probabilities after the softmax: "times after", and
+    "drop after" (set to 0 where true). `factor`: what the scores are multiplied by afterwards.
     `at`: the node whose shape it broadcasts to (None: the fused call's scores [..., T, S]).
     """
 
@@ -101,7 +103,7 @@ class SoftmaxCore:
         found = find_softmax(node, graph)
         if found is None:
             return ABSENT
-        if not _reaches_product(found.x, graph):
+        if not between_products(node, graph):
             return ABSENT
         if found.refused is not None:
             return Refused(found.refused, node)
@@ -131,7 +133,7 @@ class SoftmaxCore:
             if graph.is_open(left) and graph.is_open(right):
                 facts |= {"q": left, "k": right, "k_transposed": True, "product": walk}
                 return Found(nodes=(walk,))
-            return _unknown(walk)
+            return _unknown(walk, graph)
         if walk.target in BADDBMM:
             return self._baddbmm(walk, graph, facts)
         for recogniser in self.scores:
@@ -140,7 +142,7 @@ class SoftmaxCore:
                 return self._take(walk, result, facts)
             if isinstance(result, Refused):
                 return result
-        return _unknown(walk)
+        return _unknown(walk, graph)
 
     @staticmethod
     def _take(walk: fx.Node, result: Found, facts: dict) -> Result:
@@ -163,13 +165,13 @@ class SoftmaxCore:
     def _baddbmm(walk: fx.Node, graph: CapturedGraph, facts: dict) -> Result:
         bias, left, right = walk.args[:3]
         if graph.is_open(bias) or not (graph.is_open(left) and graph.is_open(right)):
-            return _unknown(walk)
+            return _unknown(walk, graph)
         if "softcap" in facts:
             return Refused("a mask is added before the softcap", walk)
         assert isinstance(bias, fx.Node)
         beta, alpha = graph.constant(walk.kwargs.get("beta", 1)), graph.constant(walk.kwargs.get("alpha", 1))
         if beta is None or alpha is None:
-            return _unknown(walk)
+            return _unknown(walk, graph)
         if beta != 0:
             term = MaskTerm(kind="add", node=bias, factor=facts["scale"] * beta, at=walk)
             facts["mask"] = [*facts["mask"], term]
@@ -195,13 +197,15 @@ class SoftmaxCore:
                     queue.append((user, dropout, dropped))
                 elif user.target in DROPOUT:
                     queue.append((user, max(dropout, float(argument(user, 1, "p", 0.0))), dropped))
+                elif (term := _masked_after(user, graph)) is not None:
+                    facts["mask"] = [*facts["mask"], term]
+                    facts["same"][user] = walk
+                    queue.append((user, dropout, dropped))
                 elif user.op == "call_function":
                     blocked.append(user)
         if len(found) != 1:
-            if not found and len(blocked) == 1:
-                reason = f"{op_name(blocked[0])} between the softmax and the values"
-                scaled = "scales the probabilities, which a site cannot state"
-                return Refused(f"{reason} {scaled if blocked[0].target in MUL else 'is not understood'}", blocked[0])
+            if not found and blocked:
+                return _blocked(blocked, graph)
             return Refused(f"the softmax goes into {len(found)} products with values, expected one", node)
         ((product, (walk, dropout, dropped)),) = found.items()
         left, right = product.args[:2]
@@ -210,7 +214,40 @@ class SoftmaxCore:
         return None
 
 
-def _unknown(node: fx.Node) -> Refused:
+def _masked_after(node: fx.Node, graph: CapturedGraph) -> MaskTerm | None:
+    """A closed table by which the probabilities are multiplied, or that says which of them are set to 0."""
+    if len(graph.open_inputs(node)) != 1 or len(node.args) < 2:
+        return None
+    if node.target in FILL and graph.is_open(node.args[0]) and graph.constant(node.args[2]) == 0:
+        closed, kind = node.args[1], "drop after"
+    elif node.target in MUL:
+        closed, kind = next((a for a in node.args[:2] if not graph.is_open(a)), None), "times after"
+    else:
+        return None
+    if not isinstance(closed, fx.Node) or graph.is_open(closed) or graph.parameters_of(closed):
+        return None
+    return MaskTerm(kind=kind, node=closed, at=node)
+
+
+def _blocked(nodes: Sequence[fx.Node], graph: CapturedGraph) -> Refused:
+    """Why the probabilities do not come to a product with the values."""
+    if (mixing := next((n for n in nodes if mixes_heads(n, graph)), None)) is not None:
+        return Refused(f"{op_name(mixing)} with stored weights mixes the heads after the softmax", mixing)
+    reason = f"{' and '.join(dict.fromkeys(map(op_name, nodes)))} between the softmax and the values"
+    if (filled := next((n for n in nodes if n.target in FILL), None)) is not None and len(
+        graph.open_inputs(filled)
+    ) > 1:
+        return Refused(f"{reason}: the mask depends on the values that the model reads", filled)
+    if all(n.target in MUL for n in nodes):
+        return Refused(f"{reason} scales the probabilities, which a site cannot state", nodes[0])
+    if all(n.target in LAYOUT for n in nodes):
+        return Refused(f"{reason}: the probabilities are taken apart, each part with values of its own", nodes[0])
+    return Refused(f"{reason} is not understood", nodes[0])
+
+
+def _unknown(node: fx.Node, graph: CapturedGraph) -> Refused:
+    if mixes_heads(node, graph):
+        return Refused(f"{op_name(node)} with stored weights mixes the heads between q kᵀ and the softmax", node)
     return Refused(f"{op_name(node)} between the softmax and q kᵀ is not understood", node)
 
 
@@ -224,22 +261,3 @@ def _drops_last(node: fx.Node) -> bool:
     ):
         return False
     return argument(node, 3, "end") in (-1, dims[-1] - 1)
-
-
-def _reaches_product(node: fx.Node, graph: CapturedGraph) -> bool:
-    """Whether a product of two open tensors stands a few steps before: then this softmax is an attention's."""
-    seen, frontier = set(), [node]
-    for _ in range(24):
-        if not frontier:
-            return False
-        walk = frontier.pop(0)
-        if walk in seen:
-            continue
-        seen.add(walk)
-        if walk.target in PRODUCT and all(graph.is_open(a) for a in walk.args[:2]):
-            return True
-        if walk.target in BADDBMM:
-            return True
-        if walk.target not in CONTRACTION:
-            frontier += graph.open_inputs(walk)
-    return False

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fla_swap.patterns.axes import Axes, AxesRefused, arrange
 from fla_swap.patterns.core import MaskTerm
-from fla_swap.patterns.graph import CapturedGraph
+from fla_swap.patterns.graph import CapturedGraph, op_name
 from fla_swap.types import Mask
 
 _HIDDEN = -1e4
@@ -40,6 +40,7 @@ def evaluate_mask(
         seen = seen.tril()
     bias: Tensor | None = None
     factors: list[Tensor] = []
+    after: list[tuple[MaskTerm, Tensor]] = []
     for number, term in enumerate(terms):
         learned = graph.parameters_of(term.node)
         if learned:
@@ -54,6 +55,8 @@ def evaluate_mask(
         value = _four_dims(value, graph)
         if term.kind == "times":
             factors.append(value)
+        elif term.kind.endswith("after"):
+            after.append((term, value == 1 if term.kind == "times after" else ~value.bool()))
         elif term.kind == "add":
             value = value * term.factor
             hidden = value <= _HIDDEN
@@ -66,6 +69,11 @@ def evaluate_mask(
             seen = seen & (value.bool() if term.kind == "keep" else ~value.bool())
     if any(not bool(((f == 1) | ~seen).all()) for f in factors):
         raise MaskRefused("the scores are multiplied by a table that is not 1 wherever they count")
+    for term, kept in after:
+        if not bool((kept | ~seen).all()):
+            what = "hides keys that took part in it" if term.kind == "drop after" else "scales the probabilities"
+            name = op_name(term.at or term.node)
+            raise MaskRefused(f"{name} between the softmax and the values {what}, which a site cannot state")
     return _table(seen, bias)
 
 

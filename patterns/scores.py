@@ -8,13 +8,13 @@ from typing import Any
 from torch import fx
 
 from fla_swap.patterns.base import ABSENT, Found, Refused, Result
-from fla_swap.patterns.core import MaskTerm
+from fla_swap.patterns.core import FILL, MaskTerm
 from fla_swap.patterns.graph import CAST, CapturedGraph, _ops, argument, op_name
+from fla_swap.patterns.reach import before_product, is_product, made_of_map
 from fla_swap.patterns.steps import ADD, DIV, MUL, SUB
 
 TANH = _ops("tanh")
 WHERE = _ops("where")
-FILL = _ops("masked_fill", "masked_fill_")
 FULL = _ops("full", "full_like", "new_full")
 FLOOR = _ops("max", "maximum", "clamp_min")
 _HIDDEN = -1e4
@@ -116,7 +116,9 @@ class Mask:
         if len(opened) == 1 and len(closed) == 1:
             return Found(facts={"mask": [MaskTerm(kind="add", node=closed[0])]}, nodes=(node,), next=opened[0])
         if len(opened) == 2:
-            return Refused("what is added to the scores depends on the values that the model reads", node)
+            return Refused(_why_open(opened, graph), node)
+        if len(opened) == 1 and graph.constant(next(a for a in node.args[:2] if a is not opened[0])) == 0:
+            return Found(nodes=(node,), next=opened[0])
         return ABSENT
 
     def _where(self, node: fx.Node, graph: CapturedGraph) -> Result:
@@ -139,6 +141,15 @@ class Mask:
         if fill is None or fill > _HIDDEN or not isinstance(scores, fx.Node):
             return Refused(f"masked scores are set to {fill}, which does not hide them", node)
         return Found(facts={"mask": [MaskTerm(kind=kind, node=mask)]}, nodes=(node,), next=scores)
+
+
+def _why_open(terms: list[fx.Node], graph: CapturedGraph) -> str:
+    """What two open tensors are whose sum goes into the softmax."""
+    if all(is_product(t, graph) or before_product(t, graph) for t in terms):
+        return "the scores are a sum of several products (relative positions)"
+    if all(is_product(t, graph) or before_product(t, graph) or made_of_map(t, graph) for t in terms):
+        return "the hidden states times stored weights are added to the scores (relative positions, n-gram streams)"
+    return "what is added to the scores depends on the values that the model reads"
 
 
 def _fill(value: Any, graph: CapturedGraph) -> float | None:

@@ -399,6 +399,15 @@ class Bidirectional(Attention):
 
 
 @style
+class MaskedTwice(Attention):
+    """The probabilities of hidden keys are set to zero again, and again by a product."""
+
+    def weights(self, scores: Tensor, x: Tensor) -> Tensor:
+        seen = causal(x)
+        return scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0.0) * seen.float()
+
+
+@style
 class WrittenSoftmax(Attention):
     def weights(self, scores: Tensor, x: Tensor) -> Tensor:
         scores = scores.masked_fill(~causal(x), float("-inf"))
@@ -649,6 +658,35 @@ class TalkingHeads(Attention):
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.einsum("bhts,hg->bgts", q @ k.mT, self.mix)
+
+
+@near_miss
+class TalkingHeadsAfter(TalkingHeads):
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT
+
+    def weights(self, scores: Tensor, x: Tensor) -> Tensor:
+        probabilities = scores.masked_fill(~causal(x), -1e9).softmax(-1)
+        return F.conv2d(probabilities, self.mix[:, :, None, None])
+
+
+@near_miss
+class TwoProducts(Attention):
+    """The scores are a sum of two products, the second shifted, as relative positions make them (1901.02860)."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT + (q @ k.mT).roll(1, -1)
+
+
+@near_miss
+class ProbabilitiesInParts(Attention):
+    """Two stretches of the keys, each with a product of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        p = self.weights(self.scores(q, k), x)
+        y = p[..., :5] @ v[:, :, :5] + p[..., 5:] @ v[:, :, 5:]
+        return self.o(y.transpose(1, 2).flatten(2))
 
 
 @near_miss

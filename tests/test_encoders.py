@@ -453,3 +453,21 @@ def test_a_capture_that_fails_names_the_part_to_inspect() -> None:
 
     with pytest.raises(CaptureError, match=r"could not follow Branches.*within=\['inner'"):
         fs.inspect(Branches(Small()), torch.randn(2, 9, 16))
+
+
+def test_padding_may_come_as_four_dimensions_beside_a_mask_that_the_owner_makes() -> None:
+    torch.manual_seed(0)
+    config = transformers.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=64)
+    model = transformers.OpenAIGPTLMHeadModel(config).eval()
+    report = fs.inspect(model)
+    assert [s.fqn for s in report.sites] == ["transformer.h.0.attn", "transformer.h.1.attn"] and not report.near_misses
+    for site in report.sites:
+        assert site.proved and site.mask == Mask(kind="causal") and site.call.mask is None
+        assert site.call.padding == ArgPath(keyword="attention_mask")
+    ids, mask = torch.randint(0, 99, (2, 11)), torch.ones(2, 11, dtype=torch.long)
+    mask[0, 7:] = 0
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask).logits
+        fs.swap_(model, fs.plan(report, mixer="softmax", keep=0))
+        after = model(input_ids=ids, attention_mask=mask).logits
+    assert float((after - before)[mask.bool()].abs().max()) <= 1e-5

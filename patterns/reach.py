@@ -1,0 +1,85 @@
+"""Which contractions a softmax stands between: what tells an attention from a router, a pooling or a vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import fx
+
+from fla_swap.patterns.graph import CONTRACTION, CapturedGraph, _ops, shape
+from fla_swap.patterns.steps import MUL
+
+PRODUCT = _ops("matmul", "bmm", "mm", "einsum")
+BADDBMM = _ops("baddbmm")
+CONVOLUTION = _ops("conv1d", "conv2d", "conv3d", "convolution")
+SUM = _ops("sum")
+
+
+def between_products(node: fx.Node, graph: CapturedGraph) -> bool:
+    """Whether `node` has a product of two open tensors before it and one after it, whatever stands between."""
+    return before_product(node, graph) and after_product(node, graph)
+
+
+def before_product(node: fx.Node, graph: CapturedGraph) -> bool:
+    """Whether `node` is made of a product of two open tensors, no linear map of hidden states between.
+
+    A map of the scores' heads, [..., T, S, heads], is passed over: its input still counts queries and keys.
+    """
+    return _search(node, graph, graph.open_inputs)
+
+
+def after_product(node: fx.Node, graph: CapturedGraph) -> bool:
+    """Whether `node` goes into a product of two open tensors, no linear map of hidden states between."""
+    return _search(node, graph, lambda n: list(n.users))
+
+
+def is_product(node: fx.Node, graph: CapturedGraph) -> bool:
+    """A contraction of two open tensors, also as an elementwise product that is summed."""
+    if node.target in PRODUCT | BADDBMM:
+        return len(graph.open_inputs(node)) >= 2 or all(graph.is_open(a) for a in node.args[:2])
+    if node.target not in SUM:
+        return False
+    x = graph.peel(node.all_input_nodes[0])[-1]
+    return x.target in MUL and len(graph.open_inputs(x)) == 2
+
+
+def is_map(node: fx.Node, graph: CapturedGraph) -> bool:
+    """A contraction of an open tensor with stored numbers."""
+    return node.target in CONTRACTION | CONVOLUTION and len(graph.open_inputs(node)) == 1
+
+
+def made_of_map(node: fx.Node, graph: CapturedGraph) -> bool:
+    """Whether a contraction with stored numbers is the nearest one before `node`."""
+    return _search(node, graph, graph.open_inputs, wanted=is_map)
+
+
+def _search(
+    node: fx.Node,
+    graph: CapturedGraph,
+    following: Callable[[fx.Node], Iterable[fx.Node]],
+    wanted: Callable[[fx.Node, CapturedGraph], bool] = is_product,
+) -> bool:
+    seen: set[fx.Node] = {node}
+    stack = [n for n in following(node) if graph.is_open(n)]
+    while stack:
+        walk = stack.pop()
+        if walk in seen:
+            continue
+        seen.add(walk)
+        if wanted(walk, graph):
+            return True
+        if walk.target not in CONTRACTION | CONVOLUTION or mixes_heads(walk, graph):
+            stack += [n for n in following(walk) if graph.is_open(n)]
+    return False
+
+
+def mixes_heads(node: fx.Node, graph: CapturedGraph) -> bool:
+    """Whether a contraction with stored numbers acts on scores: its input and output count two lengths."""
+    if not is_map(node, graph):
+        return False
+    return all(_pairs(shape(n), graph.length) for n in (node, *graph.open_inputs(node)))
+
+
+def _pairs(dims: tuple[int, ...] | None, length: int) -> bool:
+    known = [d for d in dims or () if isinstance(d, int)]
+    return known.count(length) >= 2 or length * length in known
