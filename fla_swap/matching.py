@@ -17,20 +17,19 @@ from torch import Tensor, fx
 from fla_swap.errors import CaptureError, NoValue
 from fla_swap.patterns.base import Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
-from fla_swap.patterns.cores import core_nodes, groups, sized, token_counts
+from fla_swap.patterns.cores import core_facts, core_nodes, groups, sized, token_counts
 from fla_swap.patterns.graph import CapturedGraph, NotLayout, modules_of, op_name, shape, source_of
-from fla_swap.patterns.heads import HeadsRefused, number_outputs, read_heads, read_operand, read_order, share
-from fla_swap.patterns.joining import Joined
+from fla_swap.patterns.heads import HeadsRefused, number_outputs, read_order
 from fla_swap.patterns.latent import name_series
-from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify, evaluate_mask, length_hints
-from fla_swap.patterns.norm import NormRefused, state_norm
 from fla_swap.patterns.output import Boundary, Output, OutwardsRefused, Places, check_order, output_facts
 from fla_swap.patterns.parts import Part, Stop, agree
 from fla_swap.patterns.path import Path, paths_disagree, projected_elsewhere, walk_path
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.region import Region, find_place, separate
 from fla_swap.patterns.rope import same_rotation
-from fla_swap.types import AttentionSite, Mask, NearMiss, Norm, Projection
+from fla_swap.patterns.site_heads import join_projections, norm_of, number_heads
+from fla_swap.patterns.site_masks import read_masks
+from fla_swap.types import AttentionSite, Mask, NearMiss
 
 MATCHED = ("core", "q", "k", "v", "output", "owner", "heads", "mask")
 """The slots that hold when a core becomes a site, in the order in which they are tried."""
@@ -123,7 +122,7 @@ class _Attempt:
         modules = modules_of(self.node)
         if stop.slot not in ("q", "k", "v", "rope", "norm", "owner") or not modules:
             return stop
-        named = name_series(self._core(self.node, self.graph), modules[-1], stop.slot, self.graph)
+        named = name_series(core_facts(self.node, self.graph, self.patterns), modules[-1], stop.slot, self.graph)
         return stop if named is None else Stop("projection", named[0], named[1] or stop.node)
 
     def run(self, layer: int) -> tuple[AttentionSite, Boundary]:
@@ -132,12 +131,14 @@ class _Attempt:
         linears = [linear for p in parts for x in (p.q, p.k, p.v) if (linear := x.linear) is not None]
         o, boundary = self._outwards([p.core["out"] for p in parts], linears)
         hidden, memory = self._sizes(first.core, boundary)
-        parts = [self._heads(p, boundary) for p in parts]
+        parts = [number_heads(p, boundary, self.view) for p in parts]
         first = parts[0]
         order, after = self._after(parts, o, boundary)
         q, k = first.q, first.k
-        projections, rows = self._projections(parts, order)
-        mask, alibi = self._masks(parts, order)
+        projections, rows = join_projections(parts, order)
+        self.done.append("heads")
+        mask, alibi, self.one_length = read_masks(parts, order, self.graphs, self.view, self.patterns)
+        self.done.append("mask")
         self._same_at_every_length(parts)
         if memory is not None:
             self._check_cross(mask, q)
@@ -157,9 +158,9 @@ class _Attempt:
             mask=mask,
             call=boundary.marks(time_first=self.view.time_first),
             rope=None if q.rope is None else dataclasses.replace(q.rope, limit=self.rope_limit),
-            q_norm=self._norm("q", parts, rows),
-            k_norm=self._norm("k", parts, rows),
-            v_norm=self._norm("v", parts, rows),
+            q_norm=norm_of("q", parts, rows),
+            k_norm=norm_of("k", parts, rows),
+            v_norm=norm_of("v", parts, rows),
             clip=q.clip,
             temperature=q.temperature,
             norm_after_rope=q.norm_after_rope or k.norm_after_rope,
@@ -178,7 +179,7 @@ class _Attempt:
     def _parts(self) -> list[Part]:
         parts = []
         for nodes in self.members:
-            core = self._core(nodes[0], self.graph)
+            core = core_facts(nodes[0], self.graph, self.patterns)
             if not parts:
                 self.done.append("core")
             q, k, v = (self._path(side, core, self.graph) for side in "qkv")
@@ -190,13 +191,6 @@ class _Attempt:
             if not agree(parts[0], part):
                 raise Stop("core", "the heads differ in more than their projections", part.nodes[0])
         return parts
-
-    def _core(self, node: fx.Node, graph: CapturedGraph) -> dict[str, Any]:
-        results = dict(core_nodes(graph, self.patterns))
-        result = results[node]
-        if isinstance(result, Refused):
-            raise Stop("scores", result.reason, result.node)
-        return dict(result.facts)
 
     def _path(self, side: str, core: dict[str, Any], graph: CapturedGraph) -> Path:
         view = sized(graph, core)
@@ -249,37 +243,6 @@ class _Attempt:
         if q.rope is not None:
             raise Stop("rope", "a cross-attention whose queries and keys are rotated", self.node)
 
-    def _heads(self, part: Part, boundary: Boundary) -> Part:
-        """The part with the tables of its heads; q and k change places where the right operand holds the queries."""
-        core, operands = part.core, {}
-        for side, path in (("q", part.q), ("k", part.k), ("v", part.v)):
-            assert path.linear is not None
-            entry, view = boundary.hidden, self.view
-            if side != "q":
-                entry = boundary.memory or boundary.hidden
-                view = view.sized(length=view.key_length, batch=view.batch, time_first=view.time_first)
-            flipped = core["k_transposed"] if side == "k" else side == "v" and core.get("v_first", False)
-            try:
-                also = None if path.norm is None else path.norm.x
-                operands[side] = read_operand(
-                    path.linear, entry, core[side], path.same, view, transposed=flipped, also=also
-                )
-            except HeadsRefused as refused:
-                raise Stop(side, str(refused), path.linear.out) from refused
-        try:
-            tables = read_heads(core, operands["q"], operands["k"], operands["v"], self.graph)
-        except HeadsRefused as refused:
-            raise Stop(refused.side or "heads", str(refused), part.nodes[0]) from refused
-        rows_at = {side: operand.rows_at for side, operand in operands.items()}
-        if tables.swapped:
-            part = dataclasses.replace(part, q=part.k, k=part.q)
-            rows_at["q"], rows_at["k"] = rows_at["k"], rows_at["q"]
-        if part.k.temperature is not None:
-            raise Stop("k", "the keys are scaled by an amount that depends on the position", part.nodes[0])
-        if tables.swapped and boundary.memory is not None:
-            raise Stop("heads", "the queries of a cross-attention are made of the memory", part.nodes[0])
-        return dataclasses.replace(part, heads=tables, rows_at=rows_at)
-
     def _after(self, parts: Sequence[Part], o: Output, boundary: Boundary) -> tuple[Tensor, dict[str, Any]]:
         """The heads, numbered one part after the other, in the order of the output projection; what follows them."""
         outs = [(p.core["out"], p.tables) for p in parts]
@@ -298,98 +261,12 @@ class _Attempt:
             raise Stop("output", facts.reason, facts.node)
         return order, facts
 
-    def _projections(self, parts: Sequence[Part], order: Tensor) -> tuple[dict[str, Projection], dict[str, Tensor]]:
-        """q, k and v, and the rows [heads, width] of each head, in the order of the output projection."""
-        joined, rows = {}, {}
-        for side in "qkv":
-            linears = [getattr(p, side).linear for p in parts]
-            joined[side] = Joined(linears)
-            tables = [getattr(p.heads, side) + joined[side].offset(x) for p, x in zip(parts, linears, strict=True)]
-            rows[side] = torch.cat(tables)[order]
-        try:
-            rows["k"], rows["v"] = share(rows["k"], rows["v"])
-        except HeadsRefused as refused:
-            raise Stop(refused.side or "k", str(refused), self.node) from refused
-        found = {side: joined[side].projection(rows[side].flatten()) for side in "qkv"}
-        for side, projection in found.items():
-            if isinstance(projection, str):
-                raise Stop(side, projection, self.node)
-        self.done.append("heads")
-        return {s: p for s, p in found.items() if isinstance(p, Projection)}, rows
-
-    def _masks(self, parts: Sequence[Part], order: Tensor) -> tuple[Mask, tuple[float, ...] | None]:
-        """The mask and the ALiBi slopes of all heads."""
-        found = [self._mask(p) for p in parts]
-        mask, slopes = found[0][0], [a for _, a in found]
-        if any(other != mask for other, _ in found):
-            raise Stop("mask", "the heads have different masks", self.node)
-        fixed = any(a is not None for a in slopes) or parts[0].core.get("sinks") is not None
-        if fixed and len(order) > 1 and not bool((order.diff() == 1).all()):
-            raise Stop("output", "the heads enter the output projection in another order than the queries", self.node)
-        self.done.append("mask")
-        if all(a is None for a in slopes):
-            return mask, None
-        return mask, tuple(x for p, a in zip(parts, slopes, strict=True) for x in a or (0.0,) * len(p.tables.q))
-
-    def _mask_tables(self, part: Part) -> list[MaskTable]:
-        """What the mask is at each length."""
-        tables = []
-        for node, graph in zip(part.nodes, self.graphs, strict=True):
-            core, axes = self._core(node, graph), part.tables.axes
-            view = sized(graph, core)
-            view = view.sized(length=view.length, keys=view.key_length, batch=self.view.batch)
-            key = ("mask", view.batch, view.length, view.keys, core["causal"], axes, *core["mask"])
-            if key not in graph.known:
-                graph.known[key] = evaluate_mask(core["mask"], core["causal"], view, axes)
-            tables.append(graph.known[key])
-        return tables
-
-    def _mask(self, part: Part) -> tuple[Mask, tuple[float, ...] | None]:
-        try:
-            tables = self._mask_tables(part)
-            mask = classify(tables)
-            alibi = alibi_slopes(tables[0], len(part.tables.q))
-        except MaskRefused as refused:
-            raise Stop("mask", str(refused), self.node) from refused
-        self.one_length = len({t.seen.shape for t in tables}) == 1
-        if mask.kind != "bidirectional" and self.one_length:
-            reason = (
-                f"the model was captured at one length only ({tables[0].seen.shape[0]} tokens): whether the mask is "
-                f"{mask.kind} at every length cannot be told"
-            )
-            raise Stop("mask", reason, self.node)
-        longest = max(t.seen.shape[1] for t in tables)
-        hints = length_hints(part.core["mask"], self.view)
-        open_ended = mask.kind in ("causal", "bidirectional") and not self.one_length
-        if open_ended and any(longest <= h < self.graphs[-1].limit for h in hints):
-            reason = f"the mask uses a constant {max(hints)}, beyond the longest length that was evaluated ({longest})"
-            raise Stop("mask", reason, self.node)
-        return mask, alibi
-
-    def _norm(self, side: str, parts: Sequence[Part], rows: Mapping[str, Tensor]) -> Norm | None:
-        """The norm of q, k or v; heads with projections of their own must share it."""
-        found = []
-        for part in parts:
-            path: Path = getattr(part, side)
-            if path.norm is None:
-                return None
-            rows_at = part.rows_at[side]
-            assert path.linear is not None and rows_at is not None
-            own = rows[side] if len(parts) == 1 else getattr(part.tables, side)
-            try:
-                found.append(state_norm(path.norm, rows_at, own))
-            except NormRefused as refused:
-                raise Stop("norm", f"the norm of {side} {refused}", path.linear.out) from refused
-        if any(norm != found[0] or norm.per_head for norm in found[1:]):
-            raise Stop("norm", f"the heads have different norms of {side}", self.node)
-        return found[0]
-
     def _same_at_every_length(self, parts: Sequence[Part]) -> None:
         """Frequencies and scales that depend on the length (dynamic scaling) cannot be stated in a site."""
         for part in parts:
             q, k = (part.k, part.q) if part.tables.swapped else (part.q, part.k)
             for node, graph in zip(part.nodes[1:], self.graphs[1:], strict=True):
-                core = self._core(node, graph)
+                core = core_facts(node, graph, self.patterns)
                 other_q, other_k = self._path("q", core, graph), self._path("k", core, graph)
                 holds = self.rope_limit is None or graph.length <= self.rope_limit
                 if holds and not (same_rotation(other_q.rope, q.rope) and same_rotation(other_k.rope, k.rope)):

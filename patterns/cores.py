@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import fx
 
-from fla_swap.patterns.base import Absent, Found
+from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.graph import CapturedGraph, modules_of, op_name, shape, source_of
 from fla_swap.patterns.mask import length_hints
 from fla_swap.patterns.output import Output, find_output
+from fla_swap.patterns.parts import Stop
 
 
 def core_nodes(graph: CapturedGraph, patterns: Catalogue) -> list[tuple[fx.Node, Any]]:
@@ -30,6 +31,14 @@ def core_nodes(graph: CapturedGraph, patterns: Catalogue) -> list[tuple[fx.Node,
     found = [(node, r) for node, r in found if node not in inner]
     graph.known["cores"] = found
     return found
+
+
+def core_facts(node: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> dict[str, Any]:
+    """What the core recognisers found at `node`. Raises `Stop` with their reason where they refused it."""
+    result = dict(core_nodes(graph, patterns))[node]
+    if isinstance(result, Refused):
+        raise Stop("scores", result.reason, result.node)
+    return dict(result.facts)
 
 
 def mask_lengths(graph: CapturedGraph, patterns: Catalogue) -> set[int]:
