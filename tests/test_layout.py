@@ -17,6 +17,8 @@ STAGES = (
     "capture",
     "contract",
     "matching",
+    "captures",
+    "finishing",
     "exportable",
     "parts",
     "structure",
@@ -35,7 +37,8 @@ STAGES = (
 # Modules that compose stages into a verb; everything else that imports several stages is a mistake.
 COMPOSERS = {
     "graph_proof": {"verification"},
-    "inspection": {"capture", "matching", "verification"},
+    "captures": {"capture", "matching", "parts", "verification"},
+    "finishing": {"captures", "contract", "graph_proof", "matching", "structure", "verification"},
     "distillation": {"swapping"},
     "parts": {"contract", "model_inputs"},
     "module_checkpoint": {"planning", "swapping", "folders"},

@@ -18,7 +18,7 @@ import torch
 from models import tiny
 from torch import Tensor, nn
 
-from fla_swap import inspection
+from fla_swap import finishing, inspection
 from fla_swap.errors import VerificationError
 from fla_swap.types import AttentionReport, AttentionSite, Gate, Mask, Projection, Temperature, WeightRef
 from fla_swap.verification import prove
@@ -34,7 +34,7 @@ def proof(family: str) -> tuple[Any, ...]:
         return prove(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection, "prove_site", recorded)
+        patch.setattr(finishing, "prove", recorded)
         inspection.inspect(MODELS[family]() if family in MODELS else tiny(family, "eager"), *INPUTS.get(family, ()))
     return calls[0]
 

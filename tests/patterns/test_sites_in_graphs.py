@@ -11,9 +11,9 @@ from plain_models import whole
 from torch import Tensor, nn
 
 import fla_swap as fs
+from fla_swap.captures import TwoCaptures
 from fla_swap.errors import SwapError, VerificationError
 from fla_swap.graph_proof import prove_in_graph
-from fla_swap.inspection import _Inspection
 from fla_swap.types import AttentionReport, Mask, WeightRef
 
 NAMES = {
@@ -64,7 +64,7 @@ def test_only_a_rewrite_can_replace_them() -> None:
 
 
 def test_facts_that_are_off_by_little_do_not_survive_the_proof() -> None:
-    matched = _Inspection(whole("block in one"), None, (), None).match()
+    matched = TwoCaptures(whole("block in one"), None, ()).match()
     site = matched.sites[0]
     region = matched.regions[site.fqn]
     assert prove_in_graph(site, region).error < 1e-5

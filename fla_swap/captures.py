@@ -1,0 +1,145 @@
+"""One model, or part of it, captured at two lengths and matched: which lengths, and where its tokens stand."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from fla_swap.capture import capture
+from fla_swap.errors import CaptureError
+from fla_swap.lengths import rope_limit
+from fla_swap.matching import MatchResult, match
+from fla_swap.model_inputs import Example, Inputs, default_inputs, inputs_of_length, resizable, sizes_of
+from fla_swap.parts import call_of_part
+from fla_swap.patterns.base import Recogniser
+from fla_swap.patterns.catalogue import catalogue
+from fla_swap.patterns.cores import mask_lengths
+from fla_swap.patterns.graph import CapturedGraph
+from fla_swap.types import AttentionSite
+from fla_swap.verification import weights_of
+
+SHORT = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+LONGEST = 8192
+
+
+class TwoCaptures:
+    """`part` of `model` ("": all of it), captured twice. `match` sets what else is known.
+
+    `longest`: the longer of the two lengths; `first`: the shorter capture; `rope_limit`: the longest input for which
+    the rotary frequencies hold; `notes`: what a user should know about it.
+    """
+
+    def __init__(
+        self, model: nn.Module, example: Example | None, patterns: Iterable[Recogniser] | None, part: str = ""
+    ):
+        self.model, self.example, self.part = model, example, part
+        self.catalogue = catalogue(patterns)
+        self.longest = 0
+        self.first: CapturedGraph | None = None
+        self.resize: list[int] | None = None
+        self.time_first = False
+        self.notes: list[str] = []
+        self.rope_limit: int | None = None
+
+    def choose_length(self, site: AttentionSite) -> None:
+        """The length that a site is proved at when nothing was captured: longer than its window."""
+        longest, taken = max(2 * SHORT[0], site.mask.window or 0) + 3, self._sizes()
+        while longest in taken:
+            longest += 1
+        self.longest = min(longest, self._limit(), LONGEST)
+        if self.example is not None:
+            self.resize = resizable(self.model, self.example, self.longest)
+
+    def match(self) -> MatchResult:
+        known = list(self.notes)
+        matched = self._match()
+        if self.example is None or (matched.varied and matched.sites):
+            return matched
+        # Nothing depends on the second dimension, or it explains nothing: the tokens may stand in the first.
+        before = dict(vars(self))
+        self.time_first, self.notes = True, known
+        if resizable(self.model, self.example, SHORT[0], time_first=True):
+            with contextlib.suppress(CaptureError):
+                other = self._match()
+                if other.varied and (len(other.sites) > len(matched.sites) or not matched.varied):
+                    return other
+        vars(self).update(before)
+        return matched
+
+    def _match(self) -> MatchResult:
+        taken = self._sizes()
+        short = next(n for n in SHORT if n not in taken)
+        limit = self._limit()
+        if self.example is not None:
+            self.resize = resizable(self.model, self.example, short, time_first=self.time_first)
+        first = self._capture(short, limit)
+        if first.branched:
+            self._read_rope_limit(short)
+        self._note_opaque(first.opaque)
+        hints = {h for h in mask_lengths(first, self.catalogue) if h < min(limit, LONGEST)}
+        wanted = max((*hints, 2 * short)) + 3
+        while wanted in taken and wanted < limit:
+            wanted += 1
+        self.longest = min(wanted, limit)
+        self.first = first
+        if sizes_of(self.inputs(self.longest)) == sizes_of(self.inputs(short)):
+            self.notes.append("the model was captured at one size only: its inputs have no other, or it takes no other")
+            return match((first,), self.catalogue, rope_limit=self.rope_limit)
+        matched = match((first, self._longer(hints, limit)), self.catalogue, rope_limit=self.rope_limit)
+        if matched.fixed:
+            self.notes.append(f"{len(matched.fixed)} layers have one token count only ({matched.fixed[0]} …)")
+        return matched
+
+    def _read_rope_limit(self, short: int) -> None:
+        """The model's code decides by the length: up to where do the rotary frequencies hold?"""
+        self.rope_limit = rope_limit(self.model, self.inputs(short), short)
+        if self.rope_limit is not None:
+            self.notes.append(
+                f"the rotary frequencies hold up to {self.rope_limit} tokens: the model takes others for longer "
+                "inputs, a mixer that makes its own tables goes on with these"
+            )
+
+    def _note_opaque(self, opaque: Sequence[str]) -> None:
+        if opaque:
+            more = f" and {len(opaque) - 1} more" if len(opaque) > 1 else ""
+            self.notes.append(f"not looked into, torch.export cannot follow it: {opaque[0]}{more}")
+
+    def _longer(self, hints: set[int], limit: int) -> CapturedGraph:
+        """The second capture. Where the model takes nothing longer than its largest constant, just below that."""
+        try:
+            return self._capture(self.longest, limit)
+        except CaptureError:
+            if not hints:
+                raise
+            limit = max(hints)
+            self.longest = limit - 1
+            return self._capture(self.longest, limit)
+
+    def _capture(self, length: int, limit: int) -> CapturedGraph:
+        inputs = self.inputs(length)
+        if not self.part:
+            return capture(self.model, inputs, length=length, limit=limit)
+        given, closed = call_of_part(self.model, self.part, inputs)
+        module = self.model.get_submodule(self.part)
+        return capture(module, given, length=length, limit=limit, name=self.part, closed=closed)
+
+    def inputs(self, length: int, padded: int = 0) -> Inputs:
+        """One call's arguments at this length, the second row padded."""
+        if self.example is not None:
+            return inputs_of_length(self.example, length, padded=padded, resize=self.resize, time_first=self.time_first)
+        return default_inputs(self.model, length, padded=padded)
+
+    def _limit(self) -> int:
+        """The longest input that the model takes."""
+        stated = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return stated if isinstance(stated, int) and stated > SHORT[0] else 2**31
+
+    def _sizes(self) -> set[int]:
+        """Every size in the model: a captured length must not be one of them."""
+        sizes = {d for tensor in weights_of(self.model).values() for d in tensor.shape}
+        config = getattr(self.model, "config", None)
+        if config is not None:
+            sizes |= {v for v in vars(config).values() if isinstance(v, int)}
+        return sizes

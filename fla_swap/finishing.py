@@ -1,0 +1,143 @@
+"""What a matched site lacks: how its module is called, and the proof. A site that fails becomes a near miss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from fla_swap.captures import SHORT, TwoCaptures
+from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_entry, readings, record_cache, record_calls
+from fla_swap.errors import VerificationError
+from fla_swap.graph_proof import finish_in_graph
+from fla_swap.matching import MATCHED
+from fla_swap.model_inputs import Inputs, given_tokens, takes_cache
+from fla_swap.patterns.region import Region
+from fla_swap.structure import ProveOnce
+from fla_swap.types import AttentionSite, NearMiss
+from fla_swap.verification import TOLERANCE, Call, Proof, prove
+
+PROOF_BYTES = 2**30
+CALLED = (*MATCHED, "call")
+
+
+class Finisher:
+    """Records the calls of the sites' modules in eager code, and proves the sites."""
+
+    def __init__(self, captures: TwoCaptures, regions: Mapping[str, Region], proofs: ProveOnce | None):
+        self.captures, self.regions, self.proofs = captures, regions, proofs
+        self.model, self.notes = captures.model, captures.notes
+
+    def finish(self, found: Sequence[AttentionSite], verify: bool) -> tuple[list[AttentionSite], list[NearMiss]]:
+        """Sites with their calls, proved, and those for which that failed."""
+        if not found:
+            return [], []
+        length = self._proof_length(found)
+        inputs = self.captures.inputs(length, padded=length // 3)
+        owners = [s.fqn for s in found if s.place == "module"]
+        records = record_calls(self.model, owners, inputs)
+        caches = self._caches(owners)
+        sites: list[AttentionSite] = []
+        misses: list[NearMiss] = []
+        for site in found:
+            if site.place == "graph":
+                done = self._in_graph(site, verify)
+            else:
+                done = self._finish_one(site, records.get(site.fqn), caches.get(site.fqn), inputs, verify)
+            if isinstance(done, NearMiss):
+                misses.append(done)
+            else:
+                sites.append(done)
+        return sites, misses
+
+    def _prove(self, site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
+        if self.proofs is None:
+            return prove(site, owner, call)
+        return self.proofs(site, lambda: prove(site, owner, call))
+
+    def _in_graph(self, site: AttentionSite, verify: bool) -> AttentionSite | NearMiss:
+        try:
+            return finish_in_graph(site, self.regions.get(site.fqn), verify)
+        except VerificationError as error:
+            return _miss(site, "proof", str(error), MATCHED)
+
+    def _finish_one(
+        self,
+        site: AttentionSite,
+        record: CallRecord | None,
+        cache: CacheRecord | None,
+        inputs: Inputs,
+        verify: bool,
+    ) -> AttentionSite | NearMiss:
+        if record is None:
+            return _miss(site, "call", "the module is in the graph but its forward was not called", MATCHED)
+        entry = find_entry(site, record)
+        if isinstance(entry, str):
+            return _miss(site, "call", entry, MATCHED)
+        valid, positions = given_tokens(inputs, entry.batch, entry.length)
+        memory_valid = None if entry.keys is None else given_tokens(inputs, entry.batch, entry.keys)[0]
+        contract = derive_contract(site, record, valid, positions, cache, memory_valid=memory_valid)
+        if isinstance(contract, str):
+            return _miss(site, "call", contract, MATCHED)
+        choices = [dataclasses.replace(site, call=c) for c in readings(contract)]
+        if not verify and len(choices) == 1:
+            return choices[0]
+        owner = self.model.get_submodule(site.fqn)
+        call = Call(args=record.args, kwargs=record.kwargs, valid=valid, positions=positions, memory_valid=memory_valid)
+        for site in choices:
+            try:
+                proof = self._prove(site, owner, call)
+                break
+            except VerificationError as error:
+                failure = str(error)
+        else:
+            return _miss(site, "proof", failure, CALLED)
+        if proof.eager_error is not None and proof.eager_error > TOLERANCE:
+            self.notes.append(
+                f"{site.fqn}: the model runs {_implementation(self.model)!r}, whose output differs from its eager code "
+                f"by {proof.eager_error:.1e}: eager is the meaning; load the model with attn_implementation='eager'"
+            )
+        return dataclasses.replace(site, proved=True, max_error=proof.error, dropout=max(site.dropout, proof.dropout))
+
+    def _proof_length(self, sites: Sequence[AttentionSite]) -> int:
+        heads = max(s.heads for s in sites)
+        length = (
+            self.captures.longest
+            if self.captures.rope_limit is None
+            else min(self.captures.longest, self.captures.rope_limit)
+        )
+        while 4 * 2 * heads * length * length > PROOF_BYTES and length > 64:
+            length //= 2
+        wide = [s for s in sites if s.mask.window is not None and s.mask.window >= length]
+        if wide:
+            self.notes.append(
+                f"the proof ran on {length} tokens, inside the window of {len(wide)} layers; the windows themselves "
+                f"were read off the masks at {self.captures.longest} tokens"
+            )
+        return length
+
+    def _caches(self, owners: list[str]) -> dict[str, CacheRecord]:
+        if not takes_cache(self.model):
+            return {}
+        try:
+            return record_cache(self.model, owners, self.captures.inputs(SHORT[0]))
+        except Exception as error:
+            self.notes.append(f"the cache argument could not be observed: {type(error).__name__}: {error}")
+            return {}
+
+
+def _implementation(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", "another implementation"))
+
+
+def _miss(site: AttentionSite, slot: str, reason: str, passed: tuple[str, ...]) -> NearMiss:
+    return NearMiss(
+        fqn=site.fqn,
+        slot=slot,
+        reason=reason,
+        source=site.source,
+        progress=len(passed),
+        passed=passed,
+        anchor=site.anchor,
+    )
