@@ -237,6 +237,7 @@ def derive_contract(
         residual=entry.residual,
         outputs=outputs,
         output_index=index,
+        listed=isinstance(record.output, list),
     )
     keys = valid if memory_valid is None else memory_valid
     streams = (entry.hidden, entry.memory, entry.residual)

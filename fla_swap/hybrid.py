@@ -108,7 +108,8 @@ class SwappedAttention(nn.Module):
         call = self.call
         if call.outputs is None:
             return mixed
-        return tuple(mixed if i == call.output_index else None for i in range(call.outputs))
+        outputs = [mixed if i == call.output_index else None for i in range(call.outputs)]
+        return outputs if call.listed else tuple(outputs)
 
     def _with_keys(self, hidden: Tensor, mask: Any, cache: Any, packed: Any, where: dict[str, Any]) -> Tensor:
         """A mixer that keeps keys and values, in the model's own cache and under the model's own mask."""

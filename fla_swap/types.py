@@ -136,6 +136,7 @@ class CallContract:
     cross-attention. `residual`: what the owner adds to the attention's output itself before it returns it.
     `time_first`: hidden states come and go as [T, B, D]. `pairs`: a mask [T, S]; `padding`: one over the keys, [B, S],
     to be added, or true where a key is hidden. `hides`: masks of truth values are true where a key is hidden.
+    `listed`: what it returns is a list.
     """
 
     hidden: ArgPath
@@ -153,6 +154,7 @@ class CallContract:
     pairs: ArgPath | None = None
     padding: ArgPath | None = None
     hides: bool = False
+    listed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
