@@ -22,6 +22,7 @@ from fla_swap.arguments import undisturbed
 from fla_swap.model_inputs import Inputs
 
 ROUNDS = 6
+NO_BACKWARD = "does not support backward on CPU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ def _attempt(model: nn.Module, inputs: Inputs) -> Exported | Exception:
         with undisturbed(model, use_cache=False):
             return Exported(program=torch.export.export(model, args, kwargs, strict=False))
     except Exception as error:
+        if NO_BACKWARD in str(error) and torch.is_grad_enabled():
+            with torch.no_grad():
+                return _attempt(model, inputs)
         return error
 
 

@@ -9,6 +9,7 @@ from fla_swap.errors import RecogniserError
 from fla_swap.patterns.adapters import Adapted
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.core import FusedCore, SoftmaxCore
+from fla_swap.patterns.flex import FlexCore
 from fla_swap.patterns.norm import QKNorm
 from fla_swap.patterns.path import Clip, Factor
 from fla_swap.patterns.plugins import checked, installed_recognisers
@@ -38,7 +39,7 @@ def catalogue(extra: Iterable[Recogniser] | None = None) -> Catalogue:
     """
     own = list(installed_recognisers() if extra is None else (checked(r, "patterns=") for r in extra))
     scores = _unique("scores", own, SCORES)
-    builtin = (FusedCore(), SoftmaxCore(scores=scores))
+    builtin = (FusedCore(), FlexCore(), SoftmaxCore(scores=scores))
     return Catalogue(cores=_unique("core", own, builtin), scores=scores, path=_unique("path", own, PATH))
 
 

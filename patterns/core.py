@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fla_swap.patterns.base import ABSENT, Found, Recogniser, Refused, Result
 from fla_swap.patterns.graph import (
@@ -42,13 +42,15 @@ class MaskTerm:
 
     or "times" (multiplied with them, 1 where they count); of the probabilities after the softmax: "times after", and
     "drop after" (set to 0 where true). `factor`: what the scores are multiplied by afterwards.
-    `at`: the node whose shape it broadcasts to (None: the fused call's scores [..., T, S]).
+    `at`: the node whose shape it broadcasts to (None: the fused call's scores [..., T, S]). `table`: its values, where
+    no node of the graph has them.
     """
 
     kind: str
     node: fx.Node
     factor: float = 1.0
     at: fx.Node | None = None
+    table: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -331,10 +331,10 @@ def modules_of(node: fx.Node) -> list[str]:
 
 
 def source_of(node: fx.Node) -> str:
-    """`file:line` of the model code that produced the node, or an empty string."""
+    """`file:line` of the model code that produced the node (what it reads, for code without a file), or ""."""
     lines = [t.strip() for t in (node.meta.get("stack_trace") or "").splitlines() if t.strip().startswith("File ")]
-    if not lines:
-        return ""
+    if not lines or "<eval_with_key>" in lines[-1]:
+        return source_of(node.all_input_nodes[0]) if lines else ""
     where = lines[-1].removeprefix("File ").split(", ")
     return f"{where[0].strip(chr(34))}:{where[1].removeprefix('line ')}" if len(where) > 1 else where[0]
 

@@ -46,7 +46,7 @@ def evaluate_mask(
         if learned:
             what = "factor of the scores" if term.kind == "times" else "bias on the scores (relative positions)"
             raise MaskRefused(f"a learned {what}, made of the parameter {learned[0]!r}")
-        value = graph.evaluate(term.node)
+        value = graph.evaluate(term.node) if term.table is None else term.table
         if axes is not None:
             try:
                 value = arrange(value, axes[number])
@@ -205,6 +205,16 @@ def length_hints(terms: Sequence[MaskTerm], graph: CapturedGraph) -> set[int]:
             value = graph.values[node.name]
             if isinstance(value, Tensor) and value.numel() == 1 and not value.dtype.is_floating_point:
                 hints.add(int(value))
-        hints.update(a for a in node.args if isinstance(a, int) and not isinstance(a, bool))
+        for walk in (node, *_body(node, graph)):
+            hints.update(a for a in walk.args if isinstance(a, int) and not isinstance(a, bool))
         stack.extend(node.all_input_nodes)
+        if node.op == "get_attr":  # a function: what it reads besides its arguments
+            others = (n for user in node.users for group in user.args[7:9] for n in group)  # type: ignore[union-attr]
+            stack.extend(n for n in others if isinstance(n, fx.Node) and not graph.is_open(n))
     return {abs(h) for h in hints if max(graph.length, graph.key_length) < abs(h) < 2**31}
+
+
+def _body(node: fx.Node, graph: CapturedGraph) -> list[fx.Node]:
+    """The nodes of a function in the graph (FlexAttention's)."""
+    body = getattr(graph.module, str(node.target), None) if node.op == "get_attr" else None
+    return list(body.graph.nodes) if isinstance(body, fx.GraphModule) else []
