@@ -112,9 +112,13 @@ def read_core(anchor: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> Cor
     unknown = sorted(n for n in facts if n not in _FACTS | _PLACES and facts[n] is not None)
     if unknown:
         raise CoreRefused(f"{', '.join(unknown)} cannot be expressed by an operator", anchor)
-    if facts.get("v_first") or facts.get("dim", -1) != -1 or any(t.kind == "times" for t in facts["mask"]):
-        raise CoreRefused("scores that lie in another order than [..., queries, keys]", anchor)
     fused = anchor.target in SDPA_OPS
+    if not fused and "product" not in facts:
+        raise CoreRefused(f"{op_name(anchor)} is a kernel of its own and stays", anchor)
+    if any(t.kind not in ("add", "keep", "drop") for t in facts["mask"]):
+        raise CoreRefused("scores multiplied by a table, or probabilities that are masked again", anchor)
+    if facts.get("v_first") or facts.get("dim", -1) != -1:
+        raise CoreRefused("scores that lie in another order than [..., queries, keys]", anchor)
     q, k = shape(facts["q"]), shape(facts["k"])
     if q is None or k is None or len(q) < 3:
         raise CoreRefused("queries and keys are no batch of matrices", anchor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fla_swap as fs
+from fla_swap.errors import VerificationError
+from fla_swap.inspection import prove
 from fla_swap.patterns.flex import FlexRefused, read_function
-from fla_swap.types import AttentionReport, Mask
+from fla_swap.types import ArgPath, AttentionReport, CallContract, Mask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 D, H, K = 32, 4, 8
@@ -99,6 +102,22 @@ def test_what_the_functions_mean_is_stated_and_proved(name: str) -> None:
     assert site.proved and site.max_error is not None and site.max_error < 1e-5
     assert site.fqn == "1" and "test_flex.py:" in site.source
     assert all(p.requires_grad for p in module.parameters())
+
+
+def test_the_proof_tells_facts_that_are_off_and_a_swap_changes_nothing() -> None:
+    model = nn.Sequential(nn.LayerNorm(D), Flex(capped_alibi, causal)).eval()
+    report, x = report_of(model), torch.randn(2, 33, D)
+    (site,) = report.sites
+    assert site.alibi is not None
+    for wrong in ({"softcap": 2.01}, {"alibi": (0.51, *site.alibi[1:])}, {"mask": Mask(kind="window", window=5)}):
+        with pytest.raises(VerificationError, match="computes something that the site does not say"):
+            prove(model, dataclasses.replace(site, **wrong, call=CallContract(hidden=ArgPath(position=0))), x)
+    with torch.no_grad():
+        before = model(x)
+        program = torch.export.export(model, (x,), strict=False)
+        assert not fs.rewrite(program).records
+        fs.swap_(model, fs.plan(report, mixer="softmax", keep=0))
+        assert float((model(x) - before).abs().max()) < 1e-5
 
 
 def per_batch(m: Any, x: Tensor) -> dict:
