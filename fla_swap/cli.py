@@ -6,19 +6,17 @@ Each command takes a folder or a hub id. An error that fla_swap raises on purpos
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from fla_swap.consoles import err, log_to_console, out, progress_bar, resumable, show
 from fla_swap.errors import CheckpointError, FlaSwapError
 from fla_swap.options import (
     Compile,
@@ -47,14 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find a Transformer's attention, prove it, swap it, distil it, compile it, run it.",
 )
-NOTES = (("torchao", "Failed to load "), ("torch.utils._pytree", "%s is an Enum subclass"))
-"""What libraries tell their own developers whenever they are imported, as (logger, start of the message)."""
-
-PIPED_WIDTH = 160
-"""Columns of a table that goes to a file or another program: module names must not be cut."""
-
-out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else PIPED_WIDTH)
 TEACHER = Path(__file__).resolve().parent.parent / "examples" / "teacher"
 PROMPT = 'def read_config(path, encoding=\'utf-8\'):\n    """Read'
 
@@ -344,47 +334,9 @@ def run_conversion(model: str, folder: Path, config: Any, *, resume: bool, overw
     out.print(f"{facts['tokens']:,} training tokens; the reloaded model's logits are bitwise equal; see {folder}")
 
 
-def progress_bar() -> Any:
-    from fla_swap.distillation import BarProgress, LogProgress
-
-    return BarProgress(err) if err.is_terminal else LogProgress()
-
-
-@contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """When what is inside stops with something to go on from, say how."""
-    from fla_swap.output import TRAINING
-
-    try:
-        yield
-    except (FlaSwapError, KeyboardInterrupt):
-        if (folder / TRAINING / "run.json").exists():
-            err.print(f"what was trained so far is in {folder / TRAINING}; the same command with --resume continues it")
-        raise
-
-
-def show(table: Any, data: Any, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(data) + "\n")
-    else:
-        out.print(table)
-
-
-class ConsoleHandler(logging.Handler):
-    """Log lines on the error console, above the progress bar if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        err.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
-
-
 def main() -> None:
     """The console script: runs the app; our own errors, and files that cannot be used, are one line and status 1."""
-    own = logging.getLogger("fla_swap")
-    own.setLevel(logging.INFO)
-    if not own.handlers:  # ours alone: a handler at the root would repeat what libraries print themselves
-        own.addHandler(ConsoleHandler())
-    for name, start in NOTES:
-        logging.getLogger(name).addFilter(lambda record, start=start: not str(record.msg).startswith(start))
+    log_to_console()
     disable_progress_bar()
     try:
         app()

@@ -102,18 +102,15 @@ class Finisher:
 
     def _proof_length(self, sites: Sequence[AttentionSite]) -> int:
         heads = max(s.heads for s in sites)
-        length = (
-            self.captures.longest
-            if self.captures.rope_limit is None
-            else min(self.captures.longest, self.captures.rope_limit)
-        )
+        longest, limit = self.captures.longest, self.captures.rope_limit
+        length = longest if limit is None else min(longest, limit)
         while 4 * 2 * heads * length * length > PROOF_BYTES and length > 64:
             length //= 2
         wide = [s for s in sites if s.mask.window is not None and s.mask.window >= length]
         if wide:
             self.notes.append(
                 f"the proof ran on {length} tokens, inside the window of {len(wide)} layers; the windows themselves "
-                f"were read off the masks at {self.captures.longest} tokens"
+                f"were read off the masks at {longest} tokens"
             )
         return length
 

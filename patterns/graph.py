@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
 from fla_swap.errors import NoValue
+from fla_swap.patterns.running import moved, no_half, stand_in, upcast
 
 aten = torch.ops.aten
 
@@ -50,7 +50,6 @@ SHAPE_ONLY = _ops(
 )
 FIRST_ONLY = _ops("type_as", "expand_as", "view_as")
 CONTRACTION = _ops("linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "einsum")
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class NotLayout(Exception):
@@ -235,17 +234,17 @@ class CapturedGraph:
         if node.op == "placeholder":
             if node.name not in self.values:
                 raise ValueError(f"{node.name} carries data: it cannot be evaluated")
-            return _upcast(self.values[node.name], self.weights.get(node.name, node.name))
+            return upcast(self.values[node.name], self.weights.get(node.name, node.name))
         if node.op == "get_attr":
-            return _upcast(operator.attrgetter(str(node.target))(self.module), str(node.target))
+            return upcast(operator.attrgetter(str(node.target))(self.module), str(node.target))
         if node.op != "call_function":
             raise ValueError(f"cannot evaluate {node.op} {node.target}")
 
         def value(n: fx.Node) -> Any:
-            return known[n] if n in known else _stand_in(n)
+            return known[n] if n in known else stand_in(n)
 
         args, kwargs = map_arg((node.args, node.kwargs), value)
-        args, kwargs = _no_half(args), _no_half(kwargs)
+        args, kwargs = no_half(args), no_half(kwargs)
         call = node.target
         assert callable(call)
         return call(*args, **kwargs)
@@ -278,12 +277,12 @@ class CapturedGraph:
             if node.target not in LAYOUT:
                 raise NotLayout(node)
             if node.target in FIRST_ONLY:
-                rest = tuple(_stand_in(a) if isinstance(a, fx.Node) else a for a in node.args[1:])
+                rest = tuple(stand_in(a) if isinstance(a, fx.Node) else a for a in node.args[1:])
                 args, kwargs = (visit(node.all_input_nodes[0]), *rest), dict(node.kwargs)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), visit)
             try:
-                return _moved(node.target, args, kwargs)
+                return moved(node.target, args, kwargs)
             except RuntimeError as error:
                 raise NotLayout(node) from error
 
@@ -361,39 +360,6 @@ def alias_root(node: fx.Node) -> fx.Node:
     return first if isinstance(first, fx.Node) else node
 
 
-def _moved(target: Any, args: Any, kwargs: Any) -> Any:
-    """A movement of numbered entries. They lie in memory otherwise than the model's values: a view may need a copy."""
-    target = aten.reshape.default if target is aten.view.default else target
-    return target(*args, **kwargs)
-
-
 def _is_mutable(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return bool(schema is not None and schema.is_mutable)
-
-
-def _stand_in(node: fx.Node) -> Any:
-    val = node.meta.get("val")
-    return torch.zeros(val.shape, dtype=val.dtype) if isinstance(val, Tensor) else val
-
-
-def _upcast(value: Any, name: str) -> Any:
-    if isinstance(value, Tensor):
-        if value.is_meta or isinstance(value, FakeTensor):
-            raise NoValue(name)
-        value = value.detach().cpu()
-        return value.float() if value.dtype in _HALF else value.clone()
-    return value
-
-
-def _no_half(value: Any) -> Any:
-    """Arguments with half-precision dtypes replaced by fp32, and devices by the CPU."""
-    if isinstance(value, torch.dtype):
-        return torch.float32 if value in _HALF else value
-    if isinstance(value, torch.device):
-        return torch.device("cpu")
-    if isinstance(value, dict):
-        return {k: _no_half(v) for k, v in value.items()}
-    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-        return type(value)(_no_half(v) for v in value)
-    return value

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from fla_swap.patterns.graph import CAST, CapturedGraph, _is_mutable, _no_half, _ops, alias_root, argument, shape
+from fla_swap.patterns.graph import CAST, CapturedGraph, _is_mutable, _ops, alias_root, argument, shape
+from fla_swap.patterns.running import no_half
 
 _SMALL = 2**20
 _WHOLE = 2**27
@@ -74,7 +75,7 @@ class RowEvaluator:
             size[dim] = stop - start
             val = node.meta["val"]
             fill = _FILLED[target](node)
-            return None if isinstance(fill, fx.Node) else torch.full(size, fill, dtype=_no_half(val.dtype))
+            return None if isinstance(fill, fx.Node) else torch.full(size, fill, dtype=no_half(val.dtype))
         if target in CAST | _SAME or target in _POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
             return self._pointwise(node, dim, start, stop)
         if target in _INDEX and isinstance(source, fx.Node):
@@ -139,7 +140,7 @@ class RowEvaluator:
 
         args, kwargs = map_arg((node.args, node.kwargs), known)
         assert callable(node.target)
-        return node.target(*_no_half(args), **_no_half(kwargs))
+        return node.target(*no_half(args), **no_half(kwargs))
 
 
 def _numel(dims: tuple[int, ...]) -> int:
