@@ -251,6 +251,8 @@ def derive_contract(
             facts.setdefault(name.removesuffix(" hidden"), path)
             if name.endswith(" hidden"):
                 facts["hides"] = True
+        elif is_own_alibi(value, site, keys):
+            continue
         elif _looks_like_a_mask(value, length, keys.shape[1]) and (value.dtype == torch.bool or bool(value.any())):
             where = path.keyword or f"number {path.position}"
             return f"argument {where} {tuple(value.shape)} is a mask, but not the site's own with the padding hidden"
@@ -298,6 +300,36 @@ def _are_positions(value: Tensor, positions: Tensor) -> bool:
     if value.shape[-1:] != positions.shape[-1:] or (value.dim() == 2 and value.shape[0] not in (1, len(positions))):
         return False
     return torch.equal(value.expand(positions.shape).long(), positions.to(value.device))
+
+
+def is_own_alibi(value: Tensor, site: AttentionSite, keys: Tensor) -> bool:
+    """Whether an argument is the site's own ALiBi bias, which a mixer makes itself: up to a constant for each row, and
+    one factor (the owner may multiply the scores after it has added the bias).
+
+    `value` [H, T or 1, S], [B, H, T or 1, S] or [B · H, T or 1, S]; only keys that are no padding (`keys` bool [B, S])
+    count, because a model may number the tokens from the first of them.
+    """
+    batch, size = keys.shape
+    if site.alibi is None or not value.is_floating_point() or value.dim() < 3 or value.shape[-1] != size:
+        return False
+    heads = len(site.alibi)
+    if value.shape[:-2].numel() not in (heads, batch * heads) or value.shape[-2] not in (1, size):
+        return False
+    bias = value.double().reshape(-1, heads, *value.shape[-2:])
+    seen = keys[: len(bias), None, None, :].to(value.device)
+    if value.shape[-2] == size:
+        seen = seen & wanted_pairs(site, size, size, value.device)
+    line = torch.tensor(site.alibi, device=value.device)[:, None, None] * torch.arange(size, device=value.device)
+    bias, line = _from_mean(bias, seen), _from_mean(line.double().expand(bias.shape), seen)
+    factor = (bias * line).sum() / line.square().sum()
+    tolerance = 1e-4 if value.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool(factor > 0) and bool((bias - factor * line).abs().max() <= tolerance * (factor * line).abs().max())
+
+
+def _from_mean(rows: Tensor, seen: Tensor) -> Tensor:
+    """What is seen of each row, less its mean; 0 elsewhere."""
+    mean = rows.masked_fill(~seen, 0.0).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
+    return (rows - mean).masked_fill(~seen, 0.0)
 
 
 def _looks_like_a_mask(value: Tensor, length: int, keys: int) -> bool:

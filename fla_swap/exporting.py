@@ -9,6 +9,8 @@ note says so.
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,15 +49,21 @@ def exports(model: nn.Module, inputs: Inputs) -> Iterator[Exported | Exception]:
 
 
 def _attempt(model: nn.Module, inputs: Inputs) -> Exported | Exception:
+    """The export or its error. torch prints the graph of some that fail: that alone is kept off the console."""
     args, kwargs = inputs
+    said, graph = io.StringIO(), None
     try:
-        with undisturbed(model, use_cache=False):
+        with undisturbed(model, use_cache=False), contextlib.redirect_stderr(said):
             return Exported(program=torch.export.export(model, args, kwargs, strict=False))
     except Exception as error:
+        graph = getattr(error, "partial_fx_graph", None)
         if NO_BACKWARD in str(error) and torch.is_grad_enabled():
             with torch.no_grad():
                 return _attempt(model, inputs)
         return error
+    finally:
+        text = said.getvalue()
+        sys.stderr.write(text if graph is None else text.replace(f"{graph}\n", ""))
 
 
 def _around(model: nn.Module, inputs: Inputs, error: Exception) -> Exported | Exception:

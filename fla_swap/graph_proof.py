@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fla_swap.errors import FlaSwapError, VerificationError
 from fla_swap.mixers.softmax import Softmax
+from fla_swap.noise import random_tokens, random_weight
 from fla_swap.patterns.graph import CapturedGraph, shape
 from fla_swap.patterns.region import Region
 from fla_swap.types import AttentionSite
@@ -34,7 +34,7 @@ def prove_in_graph(site: AttentionSite, region: Region) -> Proof:
     two differ by more than `TOLERANCE`, or when either cannot be run.
     """
     graph, weights, valid = _random(region.graph)
-    inputs = {n: _stream(n, seed) for seed, n in enumerate((region.hidden, region.memory), start=1) if n is not None}
+    inputs = {n: random_tokens(shape(n) or (), seed) for seed, n in enumerate((region.hidden, region.memory), start=1) if n is not None}
     hidden = inputs[region.hidden]
     given = _batch_first(hidden, site)
     if valid is None or valid.shape != given.shape[:2]:
@@ -64,13 +64,6 @@ def _batch_first(states: Tensor, site: AttentionSite) -> Tensor:
     return states.transpose(0, 1) if site.call.time_first else states
 
 
-def _stream(node: fx.Node, seed: int) -> Tensor:
-    """Random hidden states; some tokens are small, so that the eps of a norm matters, some large for a softcap."""
-    values = torch.randn(shape(node) or (), generator=torch.Generator().manual_seed(seed))
-    sizes = torch.tensor((1.0, 2.0, 1e-2, 1.0, 1e-3))
-    return values * sizes[torch.arange(values[..., 0].numel()) % 5].reshape(values.shape[:-1])[..., None]
-
-
 def _random(graph: CapturedGraph) -> tuple[CapturedGraph, dict[str, Tensor], Tensor | None]:
     """The graph with random parameters and a padded mask, its weights by name, and which tokens are no padding."""
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +71,7 @@ def _random(graph: CapturedGraph) -> tuple[CapturedGraph, dict[str, Tensor], Ten
     for name, value in graph.values.items():
         if name in graph.weights:
             if isinstance(value, torch.nn.Parameter) and value.is_floating_point():
-                value = _noise(value, generator)
+                value = random_weight(value.cpu(), generator)
             weights[graph.weights[name]] = values[name] = value
         elif name.startswith("attention_mask") and isinstance(value, Tensor) and value.dim() == 2:
             padded = torch.ones_like(value)
@@ -89,12 +82,3 @@ def _random(graph: CapturedGraph) -> tuple[CapturedGraph, dict[str, Tensor], Ten
     object.__setattr__(twin, "known", {})
     object.__setattr__(twin, "_memo", {})
     return twin, weights, valid
-
-
-def _noise(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Matrices scaled by their width, vectors moved by .3, as in the proof of a module."""
-    noise = torch.randn(parameter.shape, generator=generator)
-    if parameter.dim() >= 2:
-        return noise * 2.0 / math.sqrt(max(parameter.shape))
-    base = parameter.detach().float().cpu()
-    return base.clamp(-2, 2) + 0.3 * noise if bool(base.isfinite().all()) else 0.3 * noise

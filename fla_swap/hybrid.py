@@ -95,6 +95,8 @@ class SwappedAttention(nn.Module):
         call = self.call
         if call.pairs is None and call.padding is None:
             mask = fetch(call.mask, args, kwargs)
+            if self.site.alibi is not None and isinstance(mask, Tensor) and mask.is_floating_point():
+                mask = mask > torch.finfo(mask.dtype).min / 2  # it may hold the ALiBi bias, which the mixer adds itself
             return ~mask if call.hides and isinstance(mask, Tensor) and mask.dtype == torch.bool else mask
         pairs, padding = fetch(call.pairs, args, kwargs), fetch(call.padding, args, kwargs)
         if call.pairs is not None and pairs is None and self.site.mask.kind != "bidirectional":

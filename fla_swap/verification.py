@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fla_swap.arguments import get_argument, leaves, set_argument
 from fla_swap.errors import FlaSwapError, VerificationError
 from fla_swap.mixers.softmax import Softmax
+from fla_swap.noise import random_tokens, random_weight
 from fla_swap.types import ArgPath, AttentionSite
 
 TOLERANCE = 1e-4
@@ -93,7 +93,7 @@ def _prove(site: AttentionSite, owner: nn.Module, call: Call, size: float) -> Pr
             raise VerificationError(f"{site.fqn}: the attention cannot be rebuilt from its site: {error}") from error
         error = max(
             _difference(mixer(_batch_first(site, hidden), cos_sin=tables, **more)[0], wanted, call.valid)
-            for tables in _table_choices(site, args, kwargs)
+            for tables in _table_choices(site, args, kwargs, call)
         )
     if not error <= TOLERANCE:
         raise VerificationError(
@@ -108,14 +108,9 @@ def _prove(site: AttentionSite, owner: nn.Module, call: Call, size: float) -> Pr
 def _random_stream(
     path: ArgPath, args: tuple, kwargs: dict, *, seed: int, size: float = 1.0
 ) -> tuple[Tensor, tuple, dict]:
-    """Random values in the place of the tensor at `path`, and wherever an equal one is passed.
-
-    Some tokens are small, so that the eps of a norm matters, and some large, so that a softcap does.
-    """
+    """Random values (`random_tokens`) in the place of the tensor at `path`, and wherever an equal one is passed."""
     before = get_argument(path, args, kwargs)
-    after = torch.randn(before.shape, generator=torch.Generator().manual_seed(seed)).to(before.device)
-    sizes = torch.tensor((1.0, 3.0, 1e-2, 1.0, 1e-3), device=before.device)
-    after = after * size * sizes[torch.arange(after[..., 0].numel()) % 5].reshape(after.shape[:-1])[..., None]
+    after = (size * random_tokens(before.shape, seed)).to(before.device)
     for place, value in leaves(args, kwargs):
         if isinstance(value, Tensor) and value.shape == before.shape and torch.equal(value, before):
             args, kwargs = set_argument(place, after, args, kwargs)
@@ -126,17 +121,21 @@ def _batch_first(site: AttentionSite, x: Tensor) -> Tensor:
     return x.transpose(0, 1) if site.call.time_first else x
 
 
-def _table_choices(site: AttentionSite, args: tuple, kwargs: dict) -> list[tuple[Tensor, Tensor] | None]:
-    """The site's own frequencies and, when the caller passes tables, those. Half-precision tables stand alone."""
+def _table_choices(
+    site: AttentionSite, args: tuple, kwargs: dict, call: Call
+) -> list[tuple[Tensor, Tensor] | None]:
+    """The site's own frequencies and, when the caller passes tables, those. Half-precision tables stand alone, also
+    those that were handed on as fp32 afterwards."""
     if site.call.cos is None or site.call.sin is None:
         return [None]
     cos, sin = get_argument(site.call.cos, args, kwargs), get_argument(site.call.sin, args, kwargs)
-    rounded = bool((cos.to(torch.bfloat16).float() == cos).all())
-    return [(cos, sin)] if rounded else [(cos, sin), None]
+    half = get_argument(site.call.cos, call.args, call.kwargs).dtype in (torch.float16, torch.bfloat16)
+    half = half or any(bool((cos.to(dtype).float() == cos).all()) for dtype in (torch.float16, torch.bfloat16))
+    return [(cos, sin)] if half else [(cos, sin), None]
 
 
 def randomised(owner: nn.Module) -> nn.Module:
-    """A copy in fp32 and eval mode with every parameter random: matrices scaled by their width, vectors moved by .3.
+    """A copy in fp32 and eval mode with every parameter random (`random_weight`).
 
     Parameters without values (fake tensors) come out as real ones, vectors around 1.
     """
@@ -145,12 +144,7 @@ def randomised(owner: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-            if parameter.dim() >= 2:
-                parameter.copy_(noise.mul_(2.0 / math.sqrt(max(parameter.shape))))
-            else:
-                base = parameter if bool(parameter.isfinite().all()) else torch.zeros_like(parameter)
-                parameter.copy_(base.clamp(-2, 2) + 0.3 * noise)
+            parameter.copy_(random_weight(parameter, generator))
     return twin
 
 
@@ -172,7 +166,7 @@ def _as_fp32(value: Any) -> Any:
     if isinstance(value, FakeTensor) and value.is_floating_point():
         return torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        return value.float() if value.is_floating_point() else value
     if type(value) in (tuple, list):
         return type(value)(_as_fp32(v) for v in value)
     if type(value) is dict:
@@ -220,12 +214,17 @@ def _dropout(twin: nn.Module, args: tuple, kwargs: dict, lengths: tuple[int, int
 def _eager(
     site: AttentionSite, twin: nn.Module, args: tuple, kwargs: dict, wanted: Tensor, valid: Tensor
 ) -> float | None:
-    """How far the module's own eager code is from `wanted`, where its config names another implementation."""
+    """How far the module's own eager code is from `wanted`, where its config names another implementation.
+
+    None without a mask where the site has one: eager code does not make its own.
+    """
     config = getattr(twin, "config", None)
     running = getattr(config, "_attn_implementation", None)
     if config is None or running in (None, "eager"):
         return None
     mask = site.call.mask
+    if site.mask.kind != "bidirectional" and (mask is None or get_argument(mask, args, kwargs) is None):
+        return None
     if mask is not None and isinstance(seen := get_argument(mask, args, kwargs), Tensor) and seen.dtype == torch.bool:
         additive = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
         args, kwargs = set_argument(mask, additive, args, kwargs)
