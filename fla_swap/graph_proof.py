@@ -34,7 +34,11 @@ def prove_in_graph(site: AttentionSite, region: Region) -> Proof:
     two differ by more than `TOLERANCE`, or when either cannot be run.
     """
     graph, weights, valid = _random(region.graph)
-    inputs = {n: random_tokens(shape(n) or (), seed) for seed, n in enumerate((region.hidden, region.memory), start=1) if n is not None}
+    inputs = {
+        n: random_tokens(shape(n) or (), seed)
+        for seed, n in enumerate((region.hidden, region.memory), start=1)
+        if n is not None
+    }
     hidden = inputs[region.hidden]
     given = _batch_first(hidden, site)
     if valid is None or valid.shape != given.shape[:2]:

@@ -121,9 +121,7 @@ def _batch_first(site: AttentionSite, x: Tensor) -> Tensor:
     return x.transpose(0, 1) if site.call.time_first else x
 
 
-def _table_choices(
-    site: AttentionSite, args: tuple, kwargs: dict, call: Call
-) -> list[tuple[Tensor, Tensor] | None]:
+def _table_choices(site: AttentionSite, args: tuple, kwargs: dict, call: Call) -> list[tuple[Tensor, Tensor] | None]:
     """The site's own frequencies and, when the caller passes tables, those. Half-precision tables stand alone, also
     those that were handed on as fp32 afterwards."""
     if site.call.cos is None or site.call.sin is None:
