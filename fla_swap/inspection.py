@@ -15,6 +15,7 @@ from fla_swap.exportable import exportable
 from fla_swap.finishing import Finisher
 from fla_swap.matching import MatchResult
 from fla_swap.model_inputs import Example
+from fla_swap.naming import with_own_names
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.region import Region
 from fla_swap.reporting.explanation import nothing_found
@@ -157,7 +158,8 @@ class _Inspection:
         matched = self.captures.match()
         if self.proofs is not None and self.captures.first is not None:
             self.proofs.graphs.append(self.captures.first)
-        sites, misses = self.finish([s for s in matched.sites if free(s.fqn)], verify, matched.regions)
+        named = with_own_names([s for s in matched.sites if free(s.fqn)], self.captures.model)
+        sites, misses = self.finish(named, verify, matched.regions)
         near = (*misses, *(m for m in matched.near_misses if free(m.fqn)))
         return dataclasses.replace(matched, sites=tuple(sites), near_misses=near)
 
