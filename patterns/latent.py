@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from fla_swap.patterns.base import Found
 from fla_swap.patterns.graph import CAST, CONTRACTION, DROPOUT, LAYOUT, CapturedGraph, alias_root, modules_of, shape
 from fla_swap.patterns.norm import QKNorm
 from fla_swap.patterns.projection import Linear
+from fla_swap.patterns.scores import split_factor
 
 _QUIET = LAYOUT | CAST | DROPOUT
 _REACH = 80
@@ -53,7 +55,9 @@ def turned_heads(core: Mapping[str, Any], owner: str, graph: CapturedGraph) -> t
     """(reason, node) where an operand of the core is multiplied by a stored matrix after its split into heads."""
     for side in "qkv":
         for linear in _projections(core[side], owner, graph):
-            if len(shape(linear.x) or ()) > 3 and _follows(linear.x, owner, graph):
+            dims = shape(linear.x) or ()
+            split = len(dims) > 3 and math.prod(dims[:-1]) > graph.batch * graph.length  # else a dimension of size 1
+            if split and _follows(linear.x, owner, graph):
                 return f"{side} is multiplied by a stored matrix after its split into heads", linear.out
     return None
 
@@ -91,6 +95,10 @@ def _follows(node: fx.Node, owner: str, graph: CapturedGraph) -> bool:
         norm = QKNorm().match(node, graph)
         if isinstance(norm, Found) and norm.next is not None:
             node = norm.next
+            continue
+        factor = split_factor(node, graph)
+        if factor is not None:
+            node = factor[1]
             continue
         inputs = graph.open_inputs(node)
         if node.target not in _QUIET or len(inputs) != 1:

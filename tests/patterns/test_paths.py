@@ -321,9 +321,9 @@ def test_a_wrapped_model_states_its_adapters_and_its_cache() -> None:
 class Latent(nn.Module):
     """Keys and values from a latent of 6 channels, and 4 rotated ones shared by the heads; queries of rank `rank`."""
 
-    def __init__(self, rank: int | None, latent: bool, causal: bool = True):
+    def __init__(self, rank: int | None, latent: bool, causal: bool = True, single: bool = False):
         super().__init__()
-        self.rank, self.latent, self.causal = rank, latent, causal
+        self.rank, self.latent, self.causal, self.single = rank, latent, causal, single
         self.q_a, self.q_norm = nn.Linear(WIDTH, rank or WIDTH), nn.RMSNorm(rank or WIDTH)
         self.q_b = nn.Linear(rank or WIDTH, H * D)
         self.k, self.v, self.o = (nn.Linear(WIDTH, H * D) for _ in range(3))
@@ -334,7 +334,8 @@ class Latent(nn.Module):
         q = q.unflatten(-1, (H, D)).transpose(1, 2)
         if self.latent:
             latent, turned = self.kv_a(x).split((6, 4), -1)
-            k, v = self.kv_b(latent).unflatten(-1, (H, 4 + D)).transpose(1, 2).split((4, D), -1)
+            heads = self.kv_b(latent[:, None])[:, 0] if self.single else self.kv_b(latent)
+            k, v = heads.unflatten(-1, (H, 4 + D)).transpose(1, 2).split((4, D), -1)
             k = torch.cat((k, turned[:, None].expand(-1, H, -1, -1)), -1)
         else:
             k, v = (p(x).unflatten(-1, (H, D)).transpose(1, 2) for p in (self.k, self.v))
@@ -357,6 +358,12 @@ def test_projections_in_series_are_named(rank: int | None, latent: bool, reason:
     assert not found.sites
     (near,) = found.near_misses
     assert near.slot == "projection" and reason in near.reason, near.reason
+
+
+def test_a_latent_with_a_dimension_for_its_one_head_is_no_split_into_heads() -> None:
+    found = inspect(Block(Latent(5, True, single=True)), torch.randn(2, 7, WIDTH), strict=False)
+    (near,) = found.near_misses
+    assert near.slot == "projection" and "q of rank 5, keys and values of rank 6" in near.reason, near.reason
 
 
 def test_without_them_it_is_a_site() -> None:
