@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fla_swap.errors import SwapError
-from fla_swap.types import ArgPath
+from fla_swap.types import ArgPath, Mask
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""How transformers passes the borders of packed sequences to an attention that can use them."""
+
+HIDDEN = -1e4
+"""A number added to a score hides the key when it is this small or smaller; fp16 and bf16 still hold it."""
 
 
 def leaves(args: Args, kwargs: Kwargs) -> list[tuple[ArgPath, Any]]:
@@ -49,25 +56,97 @@ def set_argument(path: ArgPath, value: Any, args: Args, kwargs: Kwargs) -> tuple
     return (*args[:position], value, *args[position + 1 :]), dict(kwargs)
 
 
-def fetch(path: ArgPath | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The argument that `path` points to in a call, or None when it is not passed."""
+def fetch(path: ArgPath | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str] = ()) -> Any:
+    """The argument that `path` points to in a call, or None when it is not passed.
+
+    `names` of the positional parameters: with them an argument is found by position or by keyword, however it comes.
+    """
     if path is None:
         return None
     value = None
-    if path.keyword is not None and path.keyword in kwargs:
-        value = kwargs[path.keyword]
-    elif path.position is not None and path.position < len(args):
-        value = args[path.position]
+    position = path.position
+    keyword = path.keyword
+    if keyword is None and position is not None and position < len(names):
+        keyword = names[position]
+    elif keyword in names:
+        position = names.index(keyword)
+    if keyword is not None and keyword in kwargs:
+        value = kwargs[keyword]
+    elif position is not None and position < len(args):
+        value = args[position]
     return value if value is None or path.item is None else value[path.item]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signature:
+    """What a forward takes: `names` of its positional parameters, its `keywords`, and whether it takes others."""
+
+    names: tuple[str, ...]
+    keywords: frozenset[str]
+    any_position: bool
+    any_keyword: bool
+
+    @classmethod
+    def of(cls, forward: Callable[..., Any]) -> Signature:
+        parameters = inspect.signature(forward).parameters.values()
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return cls(
+            names=tuple(p.name for p in parameters if p.kind in positional),
+            keywords=frozenset(p.name for p in parameters if p.kind in named),
+            any_position=any(p.kind is p.VAR_POSITIONAL for p in parameters),
+            any_keyword=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        )
+
+    def name(self, path: ArgPath) -> str:
+        """The parameter that `path` goes to; for one without a name its position."""
+        if path.keyword is not None:
+            return path.keyword
+        position = path.position or 0
+        return self.names[position] if position < len(self.names) else str(position)
+
+    def tensors(self, args: Args, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a call by `name`, of a tuple the first."""
+        given = [(self.names[i] if i < len(self.names) else str(i), value) for i, value in enumerate(args)]
+        found = {}
+        for name, value in (*given, *kwargs.items()):
+            items = value if isinstance(value, tuple | list) else (value,)
+            for item in items:
+                if isinstance(item, Tensor):
+                    found.setdefault(name, item)
+        return found
+
+    def check(self, where: str, args: Args, kwargs: Mapping[str, Any], seen: Collection[str] | None) -> None:
+        """Refuse what the forward of `where` would have refused, and tensors of which nobody knows what it does.
+
+        Raises TypeError for arguments that it does not take, SwapError for a tensor that is not among those `seen`.
+        Nothing is checked where those were not noted (None).
+        """
+        if seen is None:
+            return
+        if len(args) > len(self.names) and not self.any_position:
+            raise TypeError(f"{where} takes {len(self.names)} positional arguments, got {len(args)}")
+        for name in kwargs:
+            if not (self.any_keyword or name in self.keywords or name in seen or name in PACKED):
+                raise TypeError(f"{where} got an unexpected keyword argument {name!r}")
+        for name, value in self.tensors(args, kwargs).items():
+            if name not in seen and name not in PACKED:
+                raise SwapError(
+                    f"{where} is called with a tensor {name} {list(value.shape)}; when the model was inspected that "
+                    f"was absent or None (the tensors were {sorted(seen)}), so what it does is not known. Inspect the "
+                    "model again with example_inputs that make it pass one (a mask: with padding)"
+                )
 
 
 def joined_masks(pairs: Tensor | None, padding: Tensor | None, *, hides: bool) -> Tensor | None:
     """One mask of truth values (True is seen) made of one over pairs of tokens, [T, S], and one over the keys, [B, S]
-    or [B, 1, 1, S].
+    or [B, 1, 1, S]; alone it may also be [B, 1, T, S].
 
     Both may be bool (true where a key is hidden if `hides`) or additive. Returns [B, S] for padding alone, else
     [B or 1, 1, T, S], where a token that would see nothing sees itself.
     """
+    if pairs is None and padding is not None and padding.dim() == 4 and padding.shape[-2] > 1:
+        return _seen(padding, hides)
     padding = padding if padding is None else padding.flatten(1)
     if pairs is None:
         return None if padding is None else _seen(padding, hides)
@@ -83,7 +162,26 @@ def _seen(mask: Tensor, hides: bool) -> Tensor:
     """A mask as truth values, true where a key is seen."""
     if mask.dtype == torch.bool:
         return ~mask if hides else mask
-    return mask > torch.finfo(mask.dtype).min / 2
+    return mask > HIDDEN
+
+
+def narrowed(mask: Tensor, own: Mask, tokens: int, seen: Any) -> Tensor:
+    """A mask [B or 1, 1 or H, T or 1, S], bool (True is seen) or additive, without what `own` hides of the keys.
+
+    `tokens` T new ones; they stand where `read_mask` says, after the `seen` ones.
+    """
+    if own.kind == "bidirectional":
+        return mask
+    room = mask.shape[-1] - tokens
+    first = seen.clamp(max=room) if isinstance(seen, Tensor) else min(seen, room)
+    i = torch.arange(tokens, device=mask.device)[:, None] + first
+    j = torch.arange(mask.shape[-1], device=mask.device)[None]
+    sees = (i - j).abs() < (own.window or mask.shape[-1]) if own.kind == "local" else j <= i
+    if own.kind == "window" and own.window is not None:
+        sees = sees & (i - j < own.window)
+    if own.kind == "chunked" and own.window is not None:
+        sees = sees & (i // own.window == j // own.window)
+    return mask & sees if mask.dtype == torch.bool else mask.masked_fill(~sees, torch.finfo(mask.dtype).min)
 
 
 def read_mask(mask: Any, hidden: Tensor, seen: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -106,7 +204,7 @@ def read_mask(mask: Any, hidden: Tensor, seen: Any) -> tuple[Tensor | None, Tens
     key = query + (seen.clamp(max=room) if isinstance(seen, Tensor) else min(seen, room))
     if mask.dim() == 2:
         return (mask[:, key] != 0).expand(batch, tokens), None
-    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > HIDDEN
     valid = sees[:, query, key]
     starts = valid & (sees.sum(-1) == 1) & (key > 0)
     return valid.expand(batch, tokens), starts.expand(batch, tokens)

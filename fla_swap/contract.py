@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fla_swap.arguments import Args, Kwargs, get_argument, leaves, undisturbed
+from fla_swap.arguments import HIDDEN, Args, Kwargs, get_argument, leaves, undisturbed
 from fla_swap.patterns.mask import expected
 from fla_swap.types import ArgPath, AttentionSite, CallContract, Rope
 
@@ -256,13 +256,22 @@ def derive_contract(
         elif _looks_like_a_mask(value, length, keys.shape[1]) and (value.dtype == torch.bool or bool(value.any())):
             where = path.keyword or f"number {path.position}"
             return f"argument {where} {tuple(value.shape)} is a mask, but not the site's own with the padding hidden"
+        if name == "mask" and value.dim() == 2 and site.mask.kind != "bidirectional":
+            facts["own_mask"] = True
     if ("cos" in facts) != ("sin" in facts):
         facts.pop("cos", None)
         facts.pop("sin", None)
     contract = dataclasses.replace(contract, **facts)
+    contract = dataclasses.replace(contract, seen=tensors_of(record))
     if cache is not None:
         contract = dataclasses.replace(contract, cache=cache.path, cache_index=cache.index)
     return contract
+
+
+def tensors_of(record: CallRecord) -> tuple[ArgPath, ...]:
+    """Every argument that is a tensor, or a tuple that holds one."""
+    found = [p for p, v in leaves(record.args, record.kwargs) if isinstance(v, Tensor)]
+    return tuple(dict.fromkeys(dataclasses.replace(p, item=None) for p in found))
 
 
 def readings(contract: CallContract) -> tuple[CallContract, ...]:
@@ -348,7 +357,7 @@ def _mask_kind(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor) 
         return None
     wanted = _wanted(site, valid, keys)
     rows = valid[:, None, :, None]
-    truth = value if value.dtype == torch.bool else value > -1e4 if value.is_floating_point() else value > 0
+    truth = value if value.dtype == torch.bool else value > HIDDEN if value.is_floating_point() else value > 0
     for seen, suffix in ((truth, ""), (~truth, " hidden")):
         if suffix and value.dtype != torch.bool:
             break

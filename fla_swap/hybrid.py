@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fla_swap.arguments import fetch, joined_masks, read_mask
+from fla_swap.arguments import HIDDEN, Signature, fetch, joined_masks, narrowed, read_mask
 from fla_swap.cache import StateLayer, install_layer, state_layer
 from fla_swap.errors import CheckpointError, SwapError
 from fla_swap.mixers import State, TokenMixer, mixer_class
-from fla_swap.types import AttentionSite, SwapPlan, from_jsonable, to_jsonable
+from fla_swap.types import ArgPath, AttentionSite, SwapPlan, from_jsonable, to_jsonable
 
 MODEL_TYPE = "fla_swap"
 SHIM = "modeling_fla_swap.py"
@@ -40,6 +40,8 @@ class SwappedAttention(nn.Module):
         self.site, self.call, self.mixer = site, site.call, mixer
         self._original: tuple[nn.Module, ...] = (original,) if keep_original else ()
         self.use_original = False
+        self._takes = Signature.of(original.forward)
+        self._seen = None if self.call.seen is None else frozenset(self._takes.name(p) for p in self.call.seen)
         self.train(original.training)
 
     @property
@@ -71,14 +73,16 @@ class SwappedAttention(nn.Module):
         if self.use_original:
             return self._original[0](*args, **kwargs)
         call = self.call
-        hidden = fetch(call.hidden, args, kwargs)
+        self._takes.check(self.site.fqn, args, kwargs, self._seen)
+        given = partial(fetch, args=args, kwargs=kwargs, names=self._takes.names)
+        hidden = given(call.hidden)
         hidden = hidden.transpose(0, 1) if call.time_first else hidden
-        mask = self._mask(args, kwargs)
-        cache = fetch(call.cache, args, kwargs)
+        mask = self._mask(given)
+        cache = given(call.cache)
         cache = getattr(cache, "self_attention_cache", cache)
-        cos, sin = fetch(call.cos, args, kwargs), fetch(call.sin, args, kwargs)
+        cos, sin = given(call.cos), given(call.sin)
         where: dict[str, Any] = {
-            "positions": fetch(call.positions, args, kwargs),
+            "positions": given(call.positions),
             "cos_sin": None if cos is None or sin is None else (cos, sin),
         }
         packed = kwargs.get("cu_seq_lens_q")
@@ -87,24 +91,31 @@ class SwappedAttention(nn.Module):
         else:
             mixed = self._with_state(hidden, mask, cache, packed, where)
         mixed = mixed.transpose(0, 1) if call.time_first else mixed
-        residual = fetch(call.residual, args, kwargs)
+        residual = given(call.residual)
         return self._pack(mixed if residual is None else residual + mixed)
 
-    def _mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _mask(self, given: Callable[[ArgPath | None], Any]) -> Any:
         """The model's mask: as it is, or made of one over pairs of tokens and one over the keys."""
         call = self.call
         if call.pairs is None and call.padding is None:
-            mask = fetch(call.mask, args, kwargs)
+            mask = given(call.mask)
             if self.site.alibi is not None and isinstance(mask, Tensor) and mask.is_floating_point():
-                mask = mask > torch.finfo(mask.dtype).min / 2  # it may hold the ALiBi bias, which the mixer adds itself
+                mask = mask > HIDDEN  # it may hold the ALiBi bias, which the mixer adds itself
             return ~mask if call.hides and isinstance(mask, Tensor) and mask.dtype == torch.bool else mask
-        pairs, padding = fetch(call.pairs, args, kwargs), fetch(call.padding, args, kwargs)
+        pairs, padding = given(call.pairs), given(call.padding)
         if call.pairs is not None and pairs is None and self.site.mask.kind != "bidirectional":
             raise SwapError(
                 f"{self.site.fqn}: it was inspected under a {self.site.mask.kind} mask that is an argument, and is "
                 "called without one now; inspect the model as it is called"
             )
         return joined_masks(pairs, padding, hides=call.hides)
+
+    def _narrowed(self, mask: Any, tokens: int, seen: Any) -> Any:
+        """A mask over pairs of tokens, less what the owner hides itself."""
+        own = self.call.own_mask or (self.call.padding is not None and self.call.pairs is None)
+        if not own or not isinstance(mask, Tensor) or mask.dim() != 4:
+            return mask
+        return narrowed(mask, self.site.mask, tokens, seen)
 
     def _pack(self, mixed: Tensor) -> Any:
         call = self.call
@@ -127,7 +138,9 @@ class SwappedAttention(nn.Module):
             return (keys[:, :, :tokens], values[:, :, :tokens]) if whole else (keys, values)
 
         starts = self._starts_from_positions(mask, cache, where)
-        self._place(where, None if cache is None else cache.get_seq_length(self.call.cache_index), hidden)
+        seen = None if cache is None else cache.get_seq_length(self.call.cache_index)
+        mask = self._narrowed(mask, tokens, 0 if seen is None else seen)
+        self._place(where, seen, hidden)
         mixed, _ = self.mixer(
             hidden,
             valid=mask != 0 if padding else None,
@@ -147,7 +160,8 @@ class SwappedAttention(nn.Module):
             layer = state_layer(cache, self.cache_index(), self.mixer, hidden)
         valid = starts = None
         if packed is None:
-            valid, starts = read_mask(mask, hidden, 0 if layer is None else layer.get_seq_length())
+            seen = 0 if layer is None else layer.get_seq_length()
+            valid, starts = read_mask(self._narrowed(mask, tokens, seen), hidden, seen)
             if self.site.mask.window == 1:
                 starts = None  # every token sees itself alone: such a mask says nothing about documents
             if starts is None:

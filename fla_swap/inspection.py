@@ -107,7 +107,10 @@ def _prove(model: nn.Module, site: AttentionSite, example: Example | None, proof
     if misses:
         raise VerificationError(f"{site.fqn}: {misses[0].reason.removeprefix(f'{site.fqn}: ')}")
     said = dataclasses.replace(site.call, residual=None, time_first=False)
-    if said != CallContract(hidden=ArgPath(position=0)) and site.call != found[0].call:
+    observed = found[0].call
+    if site.call.seen is None:
+        observed = dataclasses.replace(observed, seen=None, own_mask=site.call.own_mask)
+    if said != CallContract(hidden=ArgPath(position=0)) and site.call != observed:
         raise VerificationError(f"{site.fqn}: the site says {site.call}, the module is called as {found[0].call}")
     return dataclasses.replace(found[0], layer=site.layer)
 

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fla_swap.arguments import Args, Kwargs, undisturbed
+from fla_swap.arguments import HIDDEN, Args, Kwargs, undisturbed
 from fla_swap.errors import CaptureError
 
 BATCH = 2
 Inputs = tuple[Args, Kwargs]
 Example = Mapping[str, Any] | Sequence[Any] | Tensor
 KINDS = ("input_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values")
-_HIDDEN = -1e4
 
 
 def default_inputs(model: nn.Module, length: int, *, padded: int = 0) -> Inputs:
@@ -240,7 +239,7 @@ def _hides(value: Tensor) -> bool:
     """Whether a floating tensor is a mask to be added: zeros, and numbers that hide."""
     if not value.is_floating_point():
         return False
-    hidden = value <= _HIDDEN
+    hidden = value <= HIDDEN
     return bool(hidden.any()) and bool((hidden | (value == 0)).all())
 
 

@@ -137,6 +137,8 @@ class CallContract:
     `time_first`: hidden states come and go as [T, B, D]. `pairs`: a mask [T, S]; `padding`: one over the keys, [B, S],
     to be added, or true where a key is hidden. `hides`: masks of truth values are true where a key is hidden.
     `listed`: what it returns is a list.
+    `own_mask`: the owner hides what the site's mask hides, whatever `mask` says. `seen`: the arguments that were
+    tensors in the observed call; what a tensor elsewhere means is not known. None: it was not noted (older reports).
     """
 
     hidden: ArgPath
@@ -155,6 +157,8 @@ class CallContract:
     padding: ArgPath | None = None
     hides: bool = False
     listed: bool = False
+    own_mask: bool = False
+    seen: tuple[ArgPath, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fla_swap.arguments import HIDDEN
 from fla_swap.patterns.axes import Axes, AxesRefused, arrange
 from fla_swap.patterns.core import MaskTerm
 from fla_swap.patterns.graph import CapturedGraph, op_name
 from fla_swap.types import Mask
-
-_HIDDEN = -1e4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ def evaluate_mask(
             after.append((term, value == 1 if term.kind == "times after" else ~value.bool()))
         elif term.kind == "add":
             value = value * term.factor
-            hidden = value <= _HIDDEN
+            hidden = value <= HIDDEN
             if (rest := value.masked_fill(hidden, 0.0)).abs().max() > 0:
                 bias = rest if bias is None else bias + rest
             seen = seen & ~hidden

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from fla_swap.arguments import HIDDEN
 from fla_swap.patterns.base import ABSENT, Found, Refused, Result
 from fla_swap.patterns.core import FILL, MaskTerm
 from fla_swap.patterns.graph import CAST, CapturedGraph, _ops, argument, op_name
@@ -17,7 +18,6 @@ TANH = _ops("tanh")
 WHERE = _ops("where")
 FULL = _ops("full", "full_like", "new_full")
 FLOOR = _ops("max", "maximum", "clamp_min")
-_HIDDEN = -1e4
 
 
 def split_factor(node: fx.Node, graph: CapturedGraph) -> tuple[float, fx.Node] | None:
@@ -138,7 +138,7 @@ class Mask:
 
     @staticmethod
     def _closed(node: fx.Node, mask: Any, scores: Any, fill: float | None, kind: str) -> Result:
-        if fill is None or fill > _HIDDEN or not isinstance(scores, fx.Node):
+        if fill is None or fill > HIDDEN or not isinstance(scores, fx.Node):
             return Refused(f"masked scores are set to {fill}, which does not hide them", node)
         return Found(facts={"mask": [MaskTerm(kind=kind, node=mask)]}, nodes=(node,), next=scores)
 
@@ -173,6 +173,6 @@ class Floor:
         floor, x = graph.constant(node.args[1]), node.args[0]
         if floor is None or not isinstance(x, fx.Node):
             return ABSENT
-        if floor > _HIDDEN:
+        if floor > HIDDEN:
             return Refused(f"scores are kept above {floor}", node)
         return Found(nodes=(node,), next=x)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fla_swap.arguments import HIDDEN
 from fla_swap.patterns.graph import CapturedGraph, shape
 from fla_swap.patterns.rows import RowEvaluator
 from fla_swap.types import Mask
 
-_HIDDEN = -1e4
 _BLOCK = 2**20
 
 
@@ -150,7 +150,7 @@ class _Reader:
         value = value[(None,) * (2 - value.dim())] if value.dim() < 2 else value
         bias = None
         if term.kind == "add":
-            hidden = value * term.factor <= _HIDDEN
+            hidden = value * term.factor <= HIDDEN
             rest = value.masked_fill(hidden, 0.0)
             keep, bias = ~hidden, rest.double() * term.factor if bool((rest != 0).any()) else None
         else:
