@@ -1,139 +1,18 @@
-"""How an owner module is called and what it returns: observed by hooks in eager calls, never guessed from names."""
+"""How an owner module is called and what it returns: read off observed calls, never guessed from names."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fla_swap.arguments import HIDDEN, Args, Kwargs, get_argument, leaves, undisturbed
+from fla_swap.arguments import HIDDEN, get_argument, leaves
 from fla_swap.patterns.mask import expected
+from fla_swap.recording import CacheRecord, CallRecord
 from fla_swap.types import ArgPath, AttentionSite, CallContract, Rope
-
-
-@dataclass(kw_only=True)
-class CallRecord:
-    """One observed call of an owner: what it was given and what it returned."""
-
-    args: Args
-    kwargs: Kwargs
-    output: Any = None
-
-
-@dataclass(kw_only=True)
-class CacheRecord:
-    """Where an owner got the cache from, and the number with which it updated it."""
-
-    path: ArgPath | None = None
-    index: int | None = None
-
-
-@dataclass(kw_only=True)
-class _Stack:
-    names: list[str] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def _watched(model: nn.Module, owners: Iterable[str], before: Any, after: Any, *, use_cache: bool) -> Iterator[None]:
-    handles = []
-    try:
-        for name in owners:
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name), with_kwargs=True))
-        with undisturbed(model, use_cache=use_cache):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def record_calls(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kwargs]) -> dict[str, CallRecord]:
-    """Run the model once and keep what each owner was called with. An owner that was not called is missing."""
-    records: dict[str, CallRecord] = {}
-
-    def before(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            records.setdefault(name, CallRecord(args=args, kwargs=dict(kwargs)))
-
-        return hook
-
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            if records[name].output is None:
-                records[name].output = output
-
-        return hook
-
-    with _watched(model, list(owners), before, after, use_cache=False):
-        model(*inputs[0], **inputs[1])
-    return records
-
-
-def record_cache(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kwargs]) -> dict[str, CacheRecord]:
-    """Run the model once and note who updates its cache, and under which number.
-
-    The cache is transformers' usual one, or, where the model refuses that, the one that it makes itself.
-    """
-    import transformers
-
-    config = getattr(model, "config", None)
-    own = transformers.DynamicCache(config=config) if config is not None else transformers.DynamicCache()
-    given: Any = own
-    if getattr(config, "is_encoder_decoder", False):
-        given = transformers.EncoderDecoderCache(own, transformers.DynamicCache())
-    try:
-        return _record_cache(model, list(owners), inputs, given)
-    except ValueError:
-        return _record_cache(model, list(owners), inputs, None)
-
-
-def _record_cache(
-    model: nn.Module, owners: list[str], inputs: tuple[Args, Kwargs], given: Any
-) -> dict[str, CacheRecord]:
-    import transformers
-
-    found: dict[str, CacheRecord] = {}
-    stack, watched = _Stack(), []
-
-    def watch(cache: Any) -> None:
-        update = cache.update
-
-        def noted(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            if stack.names:
-                found.setdefault(stack.names[-1], CacheRecord()).index = layer_idx
-            return update(key_states, value_states, layer_idx, *args, **kwargs)
-
-        cache.update = noted
-        watched.append(cache)
-
-    def before(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            stack.names.append(name)
-            for path, value in leaves(args, kwargs):
-                if isinstance(value, transformers.Cache):
-                    found.setdefault(name, CacheRecord()).path = path
-                    own = getattr(value, "self_attention_cache", value)
-                    if not any(own is cache for cache in watched):
-                        watch(own)
-
-        return hook
-
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            stack.names.pop()
-
-        return hook
-
-    kwargs = {**inputs[1], "past_key_values": given, "use_cache": True}
-    with _watched(model, owners, before, after, use_cache=True):
-        model(*inputs[0], **kwargs)
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from fla_swap.captures import SHORT, TwoCaptures
-from fla_swap.contract import CacheRecord, CallRecord, derive_contract, find_entry, readings, record_cache, record_calls
+from fla_swap.contract import derive_contract, find_entry, readings
 from fla_swap.errors import VerificationError
 from fla_swap.graph_proof import finish_in_graph
 from fla_swap.matching import MATCHED
 from fla_swap.model_inputs import Inputs, given_tokens, takes_cache
 from fla_swap.patterns.region import Region
+from fla_swap.recording import CacheRecord, CallRecord, record_cache, record_calls
 from fla_swap.structure import ProveOnce
 from fla_swap.types import AttentionSite, NearMiss
 from fla_swap.verification import TOLERANCE, Call, Proof, prove

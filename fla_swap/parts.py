@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fla_swap.contract import record_calls
 from fla_swap.errors import CaptureError
 from fla_swap.model_inputs import Inputs, closed_input
+from fla_swap.recording import record_calls
 
 
 def call_of_part(model: nn.Module, name: str, inputs: Inputs) -> tuple[Inputs, Callable[[str, Any], bool]]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fla_swap as fs
-from fla_swap.contract import derive_contract, find_entry, record_calls
+from fla_swap.contract import derive_contract, find_entry
 from fla_swap.errors import CaptureError, NoAttentionFound, PlanError, SwapError, VerificationError
 from fla_swap.model_inputs import default_inputs, inputs_of_length, padding_masks, resizable
+from fla_swap.recording import record_calls
 from fla_swap.types import ArgPath, AttentionReport, AttentionSite, CallContract, Mask
 from fla_swap.verification import Call, prove
 

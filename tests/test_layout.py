@@ -15,6 +15,7 @@ BASE = ("types", "errors", "arguments", "model_inputs", "exporting", "lengths", 
 LEAVES = ("kernels", "patterns")
 STAGES = (
     "capture",
+    "recording",
     "contract",
     "matching",
     "captures",
@@ -36,11 +37,12 @@ STAGES = (
 )
 # Modules that compose stages into a verb; everything else that imports several stages is a mistake.
 COMPOSERS = {
+    "contract": {"recording"},
     "graph_proof": {"verification"},
     "captures": {"capture", "matching", "parts", "verification"},
-    "finishing": {"captures", "contract", "graph_proof", "matching", "structure", "verification"},
+    "finishing": {"captures", "contract", "graph_proof", "matching", "recording", "structure", "verification"},
     "distillation": {"swapping"},
-    "parts": {"contract", "model_inputs"},
+    "parts": {"recording", "model_inputs"},
     "module_checkpoint": {"planning", "swapping", "folders"},
     "checkpoint": {"planning", "swapping", "registration", "folders", "module_checkpoint"},
 }

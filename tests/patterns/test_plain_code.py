@@ -12,8 +12,8 @@ import torch
 from plain_models import NEAR_MISSES, STYLES, plain
 
 import fla_swap as fs
-from fla_swap.contract import record_calls
 from fla_swap.errors import VerificationError
+from fla_swap.recording import record_calls
 from fla_swap.types import AttentionReport, Mask, WeightRef
 from fla_swap.verification import Call, prove
 
