@@ -1,4 +1,8 @@
-"""One model, or part of it, captured at two lengths and matched: which lengths, and where its tokens stand."""
+"""One model, or part of it, captured at two lengths and matched: which lengths, and where its tokens stand.
+
+The far capture is longer than every number at which the code may change, and than a thousand tokens: a fact that holds
+for a few tokens only is none. Proofs run at a length of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,32 @@ from torch import nn
 
 from fla_swap.capture import capture
 from fla_swap.errors import CaptureError
-from fla_swap.lengths import rope_limit
+from fla_swap.exporting import quiet
+from fla_swap.lengths import far_lengths, free_length, rope_limit
 from fla_swap.matching import MatchResult, match
 from fla_swap.model_inputs import Example, Inputs, default_inputs, inputs_of_length, resizable, sizes_of
 from fla_swap.parts import call_of_part
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.catalogue import catalogue
-from fla_swap.patterns.cores import mask_lengths
+from fla_swap.patterns.cores import mask_lengths, table_lengths
 from fla_swap.patterns.graph import CapturedGraph
+from fla_swap.patterns.hints import repeats
 from fla_swap.types import AttentionSite
 from fla_swap.verification import weights_of
 
 SHORT = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 LONGEST = 8192
+LONGEST_TABLE = 4096
+FAR = 1024
+LARGEST_GRAPH = 8000
 
 
 class TwoCaptures:
     """`part` of `model` ("": all of it), captured twice. `match` sets what else is known.
 
-    `longest`: the longer of the two lengths; `first`: the shorter capture; `rope_limit`: the longest input for which
-    the rotary frequencies hold; `notes`: what a user should know about it.
+    `longest`: the length that sites are proved at, beyond the windows; `checked`: that of the far capture, up to which
+    masks, positions and scales are compared; `first`: the short capture; `rope_limit`: the longest input for which the
+    rotary frequencies hold; `notes`: what a user should know about it.
     """
 
     def __init__(
@@ -37,6 +47,7 @@ class TwoCaptures:
         self.model, self.example, self.part = model, example, part
         self.catalogue = catalogue(patterns)
         self.longest = 0
+        self.checked: int | None = None
         self.first: CapturedGraph | None = None
         self.resize: list[int] | None = None
         self.time_first = False
@@ -45,10 +56,8 @@ class TwoCaptures:
 
     def choose_length(self, site: AttentionSite) -> None:
         """The length that a site is proved at when nothing was captured: longer than its window."""
-        longest, taken = max(2 * SHORT[0], site.mask.window or 0) + 3, self._sizes()
-        while longest in taken:
-            longest += 1
-        self.longest = min(longest, self._limit(), LONGEST)
+        longest = free_length(max(2 * SHORT[0], site.mask.window or 0) + 3, self._limit(), self._sizes())
+        self.longest = min(longest, LONGEST)
         if self.example is not None:
             self.resize = resizable(self.model, self.example, self.longest)
 
@@ -74,23 +83,58 @@ class TwoCaptures:
         limit = self._limit()
         if self.example is not None:
             self.resize = resizable(self.model, self.example, short, time_first=self.time_first)
-        first = self._capture(short, limit)
+        first = self.capture(short, limit)
         if first.branched:
             self._read_rope_limit(short)
         self._note_opaque(first.opaque)
-        hints = {h for h in mask_lengths(first, self.catalogue) if h < min(limit, LONGEST)}
-        wanted = max((*hints, 2 * short)) + 3
-        while wanted in taken and wanted < limit:
-            wanted += 1
-        self.longest = min(wanted, limit)
-        self.first = first
+        masks = {h for h in mask_lengths(first, self.catalogue) if h < min(limit, LONGEST)}
+        near = free_length(max((*masks, 2 * short)) + 3, limit, taken)
+        self.longest, self.first = min(near, limit), first
         if sizes_of(self.inputs(self.longest)) == sizes_of(self.inputs(short)):
             self.notes.append("the model was captured at one size only: its inputs have no other, or it takes no other")
+            self.checked = short
             return match((first,), self.catalogue, rope_limit=self.rope_limit)
-        matched = match((first, self._longer(hints, limit)), self.catalogue, rope_limit=self.rope_limit)
+        tables = {h for h in table_lengths(first, self.catalogue) if h < LONGEST_TABLE}
+        far = free_length(max((*masks, *tables, FAR)) + 3, limit, taken)
+        matched = self._at_far(first, far, limit, {*taken, *tables})
         if matched.fixed:
             self.notes.append(f"{len(matched.fixed)} layers have one token count only ({matched.fixed[0]} …)")
         return matched
+
+    def _at_far(self, first: CapturedGraph, far: int, limit: int, taken: set[int]) -> MatchResult:
+        """`first` matched with a capture at `far`, or at the longest of the model's sizes that it takes."""
+        near = self.longest
+        if near < far and repeats(first):
+            far = self._affordable(first, near, far, limit)
+        lengths = far_lengths(far, near, taken) if near < far else [far]
+        for length in lengths[:-1]:
+            try:
+                with quiet():
+                    second = self.capture(length, limit)
+            except Exception:  # whatever the model does with a length that it does not take
+                limit = length
+                continue
+            try:
+                matched = match((first, second), self.catalogue, rope_limit=self.rope_limit)
+            except (IndexError, RuntimeError):  # a position beyond the end of a table
+                limit = length
+                continue
+            self.checked, self.longest = length, min(near, length)
+            return matched
+        self.checked = self.longest = lengths[-1]
+        second = self.capture(lengths[-1], limit)
+        return match((first, second), self.catalogue, rope_limit=self.rope_limit)
+
+    def _affordable(self, first: CapturedGraph, near: int, far: int, limit: int) -> int:
+        """Where code that loops over the tokens is unrolled: the length at which the graph stays small enough."""
+        grown = self.capture(near, limit)
+        slope = (len(grown.nodes) - len(first.nodes)) / (near - first.length)
+        most = first.length + (LARGEST_GRAPH - len(first.nodes)) / slope if slope > 0.5 else far
+        if most >= far:
+            return far
+        length = max(near, int(most))
+        self.notes.append(f"the model's code loops over its tokens: it was looked at up to {length} of them")
+        return length
 
     def _read_rope_limit(self, short: int) -> None:
         """The model's code decides by the length: up to where do the rotary frequencies hold?"""
@@ -106,18 +150,8 @@ class TwoCaptures:
             more = f" and {len(opaque) - 1} more" if len(opaque) > 1 else ""
             self.notes.append(f"not looked into, torch.export cannot follow it: {opaque[0]}{more}")
 
-    def _longer(self, hints: set[int], limit: int) -> CapturedGraph:
-        """The second capture. Where the model takes nothing longer than its largest constant, just below that."""
-        try:
-            return self._capture(self.longest, limit)
-        except CaptureError:
-            if not hints:
-                raise
-            limit = max(hints)
-            self.longest = limit - 1
-            return self._capture(self.longest, limit)
-
-    def _capture(self, length: int, limit: int) -> CapturedGraph:
+    def capture(self, length: int, limit: int = 2**31) -> CapturedGraph:
+        """The model, or its part, at one length; `limit`: the longest input that it takes."""
         inputs = self.inputs(length)
         if not self.part:
             return capture(self.model, inputs, length=length, limit=limit)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,17 @@ class Exported:
     program: torch.export.ExportedProgram
     branched: bool = False
     opaque: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """For an export that may well fail: what torch logs of shapes that do not fit together stays out of the log."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def exports(model: nn.Module, inputs: Inputs) -> Iterator[Exported | Exception]:

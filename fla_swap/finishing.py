@@ -9,7 +9,7 @@ from torch import nn
 
 from fla_swap.captures import SHORT, TwoCaptures
 from fla_swap.contract import derive_contract, find_entry, readings
-from fla_swap.errors import VerificationError
+from fla_swap.errors import CaptureError, VerificationError
 from fla_swap.graph_proof import finish_in_graph
 from fla_swap.matching import MATCHED
 from fla_swap.model_inputs import Inputs, given_tokens, takes_cache
@@ -37,13 +37,14 @@ class Finisher:
         length = self._proof_length(found)
         inputs = self.captures.inputs(length, padded=length // 3)
         owners = [s.fqn for s in found if s.place == "module"]
+        self.regions = self._lengthened(length)
         records = record_calls(self.model, owners, inputs)
         caches = self._caches(owners)
         sites: list[AttentionSite] = []
         misses: list[NearMiss] = []
         for site in found:
             if site.place == "graph":
-                done = self._in_graph(site, verify)
+                done = self._in_graph(site, verify, length)
             else:
                 done = self._finish_one(site, records.get(site.fqn), caches.get(site.fqn), inputs, verify)
             if isinstance(done, NearMiss):
@@ -52,14 +53,32 @@ class Finisher:
                 sites.append(done)
         return sites, misses
 
+    def _lengthened(self, length: int) -> dict[str, Region]:
+        """The regions in a graph of the proof's length, where that has the same nodes."""
+        lengths = {r.graph.length for r in self.regions.values()}
+        if not lengths or max(lengths) >= length:
+            return dict(self.regions)
+        try:
+            graph = self.captures.capture(length)
+        except CaptureError:  # the proof refuses where the short graph lies within the window
+            return dict(self.regions)
+        return {name: region.at(graph) for name, region in self.regions.items()}
+
     def _prove(self, site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
         if self.proofs is None:
             return prove(site, owner, call)
         return self.proofs(site, lambda: prove(site, owner, call))
 
-    def _in_graph(self, site: AttentionSite, verify: bool) -> AttentionSite | NearMiss:
+    def _in_graph(self, site: AttentionSite, verify: bool, length: int) -> AttentionSite | NearMiss:
+        region = self.regions.get(site.fqn)
+        if region is not None and region.graph.length < length and (site.mask.window or 0) >= region.graph.length:
+            reason = (
+                f"{site.fqn}: the graph could be run on {region.graph.length} tokens only, inside its window of "
+                f"{site.mask.window}: at {length} tokens it has other nodes"
+            )
+            return _miss(site, "proof", reason, MATCHED)
         try:
-            return finish_in_graph(site, self.regions.get(site.fqn), verify)
+            return finish_in_graph(site, region, verify)
         except VerificationError as error:
             return _miss(site, "proof", str(error), MATCHED)
 
@@ -103,15 +122,17 @@ class Finisher:
 
     def _proof_length(self, sites: Sequence[AttentionSite]) -> int:
         heads = max(s.heads for s in sites)
-        longest, limit = self.captures.longest, self.captures.rope_limit
-        length = longest if limit is None else min(longest, limit)
+        length, checked = self.captures.longest, self.captures.checked or self.captures.longest
+        length = max(length, min(checked, max((s.mask.window or 0 for s in sites), default=0) + 3))
+        if self.captures.rope_limit is not None:
+            length = min(length, self.captures.rope_limit)
         while 4 * 2 * heads * length * length > PROOF_BYTES and length > 64:
             length //= 2
         wide = [s for s in sites if s.mask.window is not None and s.mask.window >= length]
         if wide:
             self.notes.append(
                 f"the proof ran on {length} tokens, inside the window of {len(wide)} layers; the windows themselves "
-                f"were read off the masks at {longest} tokens"
+                f"were read off the masks at {checked} tokens"
             )
         return length
 

@@ -1,8 +1,9 @@
-"""Up to which length rotary frequencies hold, where a model changes them as its inputs grow (longrope, dynamic NTK)."""
+"""At which lengths a model is captured, and up to which its rotary frequencies hold (longrope, dynamic NTK)."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fla_swap.arguments import undisturbed
 from fla_swap.model_inputs import Inputs
 
 LONGEST = 2**18
+_TRIED = 5
 
 
 def rope_limit(model: nn.Module, inputs: Inputs, length: int) -> int | None:
@@ -79,3 +81,23 @@ def _outputs(call: tuple[nn.Module, Any, Any], length: int, tokens: int) -> list
         returned = tree_leaves(fresh(*tree_map(longer, args), **tree_map(longer, kwargs)))
     found = [t for t in returned if isinstance(t, Tensor)]
     return [t.narrow(t.shape.index(tokens), 0, length) if tokens in t.shape else t for t in found]
+
+
+def free_length(wanted: int, limit: int, taken: Collection[int]) -> int:
+    """The first length from `wanted` on that is no size of the model; the last one up to `limit` if none is left."""
+    up = wanted
+    while up in taken:
+        up += 1
+    if up <= limit:
+        return up
+    down = min(wanted, limit)
+    while down in taken and down > 2:
+        down -= 1
+    return down
+
+
+def far_lengths(far: int, near: int, taken: Collection[int]) -> list[int]:
+    """The lengths to capture at, best first, until the model takes one: `far`, below each of its sizes, `near`."""
+    below = sorted({n - 1 for n in taken if near < n - 1 < far} - set(taken), reverse=True)
+    halves = [n for n in (far // 2, far // 4, far // 8) if n > near and n not in taken]
+    return [far, *sorted({*below[:_TRIED], *halves} - {far}, reverse=True), near]

@@ -76,7 +76,7 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue, *, rope_limit: i
         except NoValue as unknown:
             misses.append(attempt.near_miss(Stop("values", str(unknown), members[0][0])))
     varied = any(len({(v.length, v.keys) for v in views}) > 1 for views in token_counts(cores, graphs))
-    sites, regions = separate(found, graphs)
+    sites, regions = separate(found, graphs[0])
     misses.sort(key=lambda m: -m.progress)
     return MatchResult(
         sites=tuple(sites),
@@ -262,15 +262,25 @@ class _Attempt:
         return order, facts
 
     def _same_at_every_length(self, parts: Sequence[Part]) -> None:
-        """Frequencies and scales that depend on the length (dynamic scaling) cannot be stated in a site."""
+        """What depends on the length (dynamic scaling, a limited number of keys) cannot be stated in a site."""
         for part in parts:
             q, k = (part.k, part.q) if part.tables.swapped else (part.q, part.k)
             for node, graph in zip(part.nodes[1:], self.graphs[1:], strict=True):
-                core = core_facts(node, graph, self.patterns)
-                other_q, other_k = self._path("q", core, graph), self._path("k", core, graph)
+                at = f"depends on the length (compared: {self.graph.length} and {graph.length} tokens)"
+                core, first = (
+                    core_facts(node, graph, self.patterns),
+                    core_facts(part.nodes[0], self.graph, self.patterns),
+                )
+                other_q, other_k, other_v = (self._path(side, core, graph) for side in "qkv")
+                for side, path, before in (("q", other_q, q), ("k", other_k, k), ("v", other_v, part.v)):
+                    if path.tokens_of(core[side]) != before.tokens_of(first[side]):
+                        raise Stop(side, f"which tokens have their own {side} {at}", node)
+                    if path.steps != before.steps or path.clip != before.clip or path.scale != before.scale:
+                        raise Stop("scale", f"what scales {side} after its projection {at}", node)
+                    if path.temperature != before.temperature:
+                        raise Stop("temperature", f"the scale of {side} by position {at}", node)
                 holds = self.rope_limit is None or graph.length <= self.rope_limit
                 if holds and not (same_rotation(other_q.rope, q.rope) and same_rotation(other_k.rope, k.rope)):
-                    raise Stop("rope", "the rotary frequencies depend on the length", node)
-                scales = (core["scale"], other_q.scale, other_k.scale, core.get("softcap"))
-                if scales != (part.core["scale"], q.scale, k.scale, part.core.get("softcap")):
-                    raise Stop("scale", "the scale of the scores depends on the length", node)
+                    raise Stop("rope", f"what the rotary frequencies are {at}", node)
+                if (core["scale"], core.get("softcap")) != (first["scale"], first.get("softcap")):
+                    raise Stop("scale", f"the scale of the scores {at}", node)

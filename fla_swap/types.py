@@ -240,6 +240,7 @@ class AttentionReport:
     unclaimed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    checked_length: int | None = None
 
     def site(self, fqn: str) -> AttentionSite:
         """The site whose owner is `fqn`; KeyError with the known names otherwise."""

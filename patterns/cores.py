@@ -10,6 +10,7 @@ from torch import fx
 from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.graph import CapturedGraph, modules_of, op_name, shape, source_of
+from fla_swap.patterns.hints import before_projections, cone, table_sizes, thresholds
 from fla_swap.patterns.mask import length_hints
 from fla_swap.patterns.output import Output, find_output
 from fla_swap.patterns.parts import Stop
@@ -42,12 +43,21 @@ def core_facts(node: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> dict
 
 
 def mask_lengths(graph: CapturedGraph, patterns: Catalogue) -> set[int]:
-    """Integer constants of the masks: windows and chunks are among them, so a second capture must be longer."""
+    """Numbers at which the masks may change: windows and chunks are among them, so another capture must be longer."""
     hints: set[int] = set()
     for _, result in core_nodes(graph, patterns):
         if isinstance(result, Found):
             hints |= length_hints(result.facts["mask"], sized(graph, result.facts))
     return hints
+
+
+def table_lengths(graph: CapturedGraph, patterns: Catalogue) -> set[int]:
+    """Numbers at which q, k or v may change on the way to the cores, and the sizes of all stored tables."""
+    results = [r.facts for _, r in core_nodes(graph, patterns) if isinstance(r, Found)]
+    paths = before_projections((facts[side] for facts in results for side in "qkv"), graph)
+    masks = cone((t.node for facts in results for t in facts["mask"]), graph)
+    closed = [n for n in paths if not graph.is_open(n)]
+    return thresholds(paths, graph, graph.length) | table_sizes((*closed, *masks), graph, graph.length)
 
 
 def groups(

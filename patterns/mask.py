@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fla_swap.arguments import HIDDEN
 from fla_swap.patterns.axes import Axes, AxesRefused, arrange
 from fla_swap.patterns.core import MaskTerm
 from fla_swap.patterns.graph import CapturedGraph, op_name
+from fla_swap.patterns.hints import cone, thresholds
 from fla_swap.types import Mask
 
 
@@ -73,7 +74,7 @@ def evaluate_mask(
             what = "hides keys that took part in it" if term.kind == "drop after" else "scales the probabilities"
             name = op_name(term.at or term.node)
             raise MaskRefused(f"{name} between the softmax and the values {what}, which a site cannot state")
-    return _table(seen, bias)
+    return _table(seen, bias, graph)
 
 
 def _four_dims(value: Tensor, graph: CapturedGraph) -> Tensor:
@@ -84,18 +85,18 @@ def _four_dims(value: Tensor, graph: CapturedGraph) -> Tensor:
     size = (graph.length, graph.key_length)
     if any(own not in (1, wanted) for own, wanted in zip(value.shape[-2:], size, strict=True)):
         raise MaskRefused(f"a mask of shape {tuple(value.shape)} for {size[0]} queries and {size[1]} keys")
-    return value.expand(*value.shape[:2], *size)
+    return value
 
 
-def _table(seen: Tensor, bias: Tensor | None) -> MaskTable:
-    flat = seen.flatten(0, 1)
+def _table(seen: Tensor, bias: Tensor | None, graph: CapturedGraph) -> MaskTable:
+    size = (graph.length, graph.key_length)
+    flat = seen.expand(*seen.shape[:2], *size).flatten(0, 1)
     if not bool((flat == flat[:1]).all()):
         raise MaskRefused("the mask differs between heads, or between rows of the batch")
     if bias is not None:
-        bias = bias.expand(max(bias.shape[0], 1), *bias.shape[1:])
         if not bool((bias == bias[:1]).all()):
             raise MaskRefused("the bias on the scores differs between rows of the batch")
-        bias = bias[0].masked_fill(~flat[:1], 0.0)
+        bias = bias[0].expand(-1, *size).masked_fill(~flat[:1], 0.0)
     return MaskTable(seen=flat[0], bias=bias)
 
 
@@ -119,9 +120,8 @@ def _other_kind(seen: Tensor) -> str | None:
     first = int(seen[0].sum())
     if torch.equal(seen, (j <= i) | (j < first)):
         return f"a prefix-LM mask (the first {first} tokens see each other)"
-    for size in range(1, seen.shape[0]):
-        if torch.equal(seen, i // size == j // size):
-            return f"bidirectional blocks of {size} tokens"
+    if 0 < first < seen.shape[0] and torch.equal(seen, i // first == j // first):
+        return f"bidirectional blocks of {first} tokens"
     return None
 
 
@@ -154,30 +154,46 @@ def _candidates(seen: Tensor) -> list[Mask]:
     return found
 
 
-def alibi_slopes(table: MaskTable, heads: int) -> tuple[float, ...] | None:
-    """Slopes s_h when the bias is s_h · (key − query) up to a constant per row; None without a bias.
+def alibi_slopes(tables: Sequence[MaskTable], heads: int) -> tuple[float, ...] | None:
+    """Slopes s_h when the bias is s_h · (key − query) up to a constant per row, at every length; None without a bias.
 
     Raises `MaskRefused` for any other bias (2108.12409 describes ALiBi).
     """
-    if table.bias is None:
+    found = [None if t.bias is None else _slopes(t.bias, t.seen, heads) for t in tables]
+    first = found[0]
+    if all(f is None for f in found):
         return None
-    length, keys = table.seen.shape
+    for other in found[1:]:
+        if first is None or other is None or float((other - first).abs().max()) > 1e-4 * float(first.abs().max()):
+            lengths = ", ".join(str(t.seen.shape[0]) for t in tables)
+            raise MaskRefused(f"a bias on the scores that is another at another length (compared: {lengths} tokens)")
+    assert first is not None
+    return tuple(first.tolist())
+
+
+def _slopes(bias: Tensor, seen: Tensor, heads: int) -> Tensor:
+    """fp64 [H] from bias [H or 1, T, T]; one head after the other, as long tables are large."""
+    length, keys = seen.shape
     if length != keys:
         raise MaskRefused("a bias on the scores of a cross-attention")
-    bias = table.bias.expand(heads, length, length).double()
     j = torch.arange(length).double()
-    slopes = (bias[:, -1, -1] - bias[:, -1, 0]) / (length - 1) if bool(table.seen[-1, 0]) else None
-    if slopes is None:
-        slopes = bias[:, -1, -1] - bias[:, -1, -2]
-    rest = bias - slopes[:, None, None] * j
-    rest = rest - rest.diagonal(dim1=-2, dim2=-1)[..., None]
-    if float(rest.masked_fill(~table.seen, 0.0).abs().max()) > 1e-4 * float(bias.abs().max()):
-        if _by_distance(bias, table.seen):
-            raise MaskRefused(
-                "a bias on the scores by relative position (learned, as T5's?) that is not ALiBi: no line"
-            )
-        raise MaskRefused("a bias on the scores that is not ALiBi")
-    return tuple(float(s) for s in slopes)
+    slopes = []
+    for number, line in enumerate(bias):
+        line = line.double()
+        if bool(seen[-1, 0]):
+            slope = (line[-1, -1] - line[-1, 0]) / (length - 1)
+        else:
+            slope = line[-1, -1] - line[-1, -2]
+        rest = line - slope * j
+        rest = rest - rest.diagonal()[:, None]
+        if float(rest.masked_fill(~seen, 0.0).abs().max()) > 1e-4 * float(line.abs().max()):
+            if _by_distance(bias[number : number + 1].double(), seen):
+                raise MaskRefused(
+                    "a bias on the scores by relative position (learned, as T5's?) that is not ALiBi: no line"
+                )
+            raise MaskRefused("a bias on the scores that is not ALiBi")
+        slopes.append(slope)
+    return torch.stack(slopes).expand(heads)
 
 
 def _by_distance(bias: Tensor, seen: Tensor) -> bool:
@@ -191,29 +207,5 @@ def _by_distance(bias: Tensor, seen: Tensor) -> bool:
 
 
 def length_hints(terms: Sequence[MaskTerm], graph: CapturedGraph) -> set[int]:
-    """Integer constants in the closed subgraph of a mask: windows and chunks are among them."""
-    seen: set[fx.Node] = set()
-    stack = [t.node for t in terms]
-    hints: set[int] = set()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "placeholder" and node.name in graph.values:
-            value = graph.values[node.name]
-            if isinstance(value, Tensor) and value.numel() == 1 and not value.dtype.is_floating_point:
-                hints.add(int(value))
-        for walk in (node, *_body(node, graph)):
-            hints.update(a for a in walk.args if isinstance(a, int) and not isinstance(a, bool))
-        stack.extend(node.all_input_nodes)
-        if node.op == "get_attr":  # a function: what it reads besides its arguments
-            others = (n for user in node.users for group in user.args[7:9] for n in group)  # type: ignore[union-attr]
-            stack.extend(n for n in others if isinstance(n, fx.Node) and not graph.is_open(n))
-    return {abs(h) for h in hints if max(graph.length, graph.key_length) < abs(h) < 2**31}
-
-
-def _body(node: fx.Node, graph: CapturedGraph) -> list[fx.Node]:
-    """The nodes of a function in the graph (FlexAttention's)."""
-    body = getattr(graph.module, str(node.target), None) if node.op == "get_attr" else None
-    return list(body.graph.nodes) if isinstance(body, fx.GraphModule) else []
+    """Numbers in the closed subgraph of a mask at which it may change: windows and chunks are among them."""
+    return thresholds(cone((t.node for t in terms), graph), graph, max(graph.length, graph.key_length))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from torch import fx
 
 from fla_swap.patterns.adapters import match_linear
 from fla_swap.patterns.base import ABSENT, Found, Recogniser, Refused, Result
-from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, modules_of, op_name
+from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, modules_of, op_name, shape
 from fla_swap.patterns.norm import NormFacts
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.rope import same_rotation
@@ -66,6 +68,13 @@ class Path:
     @property
     def norm_after_rope(self) -> bool:
         return "norm" in self.steps and "rope" in self.steps and self.steps.index("norm") < self.steps.index("rope")
+
+    def tokens_of(self, operand: fx.Node) -> Fraction:
+        """How much of the projection's input there is for each number in the core's operand: the same at any length."""
+        assert self.linear is not None
+        given, taken = shape(self.linear.x), shape(operand)
+        assert given is not None and taken is not None
+        return Fraction(math.prod(given), math.prod(taken))
 
 
 def walk_path(start: fx.Node, recognisers: Sequence[Recogniser], graph: CapturedGraph) -> Path | Refused:

@@ -25,8 +25,6 @@ from fla_swap.patterns.output import (
 from fla_swap.patterns.projection import Linear
 from fla_swap.types import AttentionSite
 
-_PROOF_LENGTH = 512
-
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
@@ -38,22 +36,22 @@ class Region:
     memory: fx.Node | None = None
 
     @staticmethod
-    def of(boundary: Boundary, graphs: Sequence[CapturedGraph]) -> Region:
-        """In the longest of the graphs that is no longer than a proof needs, and has the nodes of the first."""
-        first, found = graphs[0], (graphs[0], boundary.hidden, boundary.end, boundary.memory)
-        for graph in graphs[1:]:
-            pairs = dict(zip(first.nodes, graph.nodes, strict=False))
-            calls = [(a, b) for a, b in pairs.items() if a.op == "call_function"]
-            alike = len(first.nodes) == len(graph.nodes) and all(a.target is b.target for a, b in calls)
-            if alike and graph.length <= _PROOF_LENGTH:
-                memory = None if boundary.memory is None else pairs[boundary.memory]
-                found = (graph, pairs[boundary.hidden], pairs[boundary.end], memory)
-        graph, hidden, end, memory = found
-        return Region(graph=graph, hidden=hidden, end=end, memory=memory)
+    def of(boundary: Boundary, graph: CapturedGraph) -> Region:
+        return Region(graph=graph, hidden=boundary.hidden, end=boundary.end, memory=boundary.memory)
+
+    def at(self, graph: CapturedGraph) -> Region:
+        """The same in a graph of another length, where that has the same nodes; else this one."""
+        pairs = dict(zip(self.graph.nodes, graph.nodes, strict=False))
+        if len(self.graph.nodes) != len(graph.nodes) or any(
+            a.op != b.op or (a.op == "call_function" and a.target is not b.target) for a, b in pairs.items()
+        ):
+            return self
+        memory = None if self.memory is None else pairs[self.memory]
+        return Region(graph=graph, hidden=pairs[self.hidden], end=pairs[self.end], memory=memory)
 
 
 def separate(
-    found: Sequence[tuple[AttentionSite, Boundary, bool]], graphs: Sequence[CapturedGraph]
+    found: Sequence[tuple[AttentionSite, Boundary, bool]], graph: CapturedGraph
 ) -> tuple[list[AttentionSite], dict[str, Region]]:
     """The sites, those without a module of their own as sites of the graph, and where these stand.
 
@@ -67,7 +65,7 @@ def separate(
         if not alone or used.count((site.q, site.k, site.v, site.o)) > 1:
             count = sum(name.rpartition("#")[0] == site.fqn for name in regions)
             site = dataclasses.replace(site, fqn=f"{site.fqn}#{count}", place="graph")
-            regions[site.fqn] = Region.of(boundary, graphs)
+            regions[site.fqn] = Region.of(boundary, graph)
         sites.append(site)
     return sites, regions
 

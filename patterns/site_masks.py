@@ -8,7 +8,8 @@ from torch import Tensor, fx
 
 from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.cores import core_facts, sized
-from fla_swap.patterns.graph import CapturedGraph
+from fla_swap.patterns.graph import CapturedGraph, shape
+from fla_swap.patterns.hints import spelled
 from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify, evaluate_mask, length_hints
 from fla_swap.patterns.parts import Part, Stop
 from fla_swap.types import Mask
@@ -46,8 +47,7 @@ def _read_mask(
     node = part.nodes[0]
     try:
         tables = [_table(part, n, g, view, patterns) for n, g in zip(part.nodes, graphs, strict=True)]
-        mask = classify(tables)
-        alibi = alibi_slopes(tables[0], len(part.tables.q))
+        mask, alibi = _kind(tables, len(part.tables.q), graphs[0])
     except MaskRefused as refused:
         raise Stop("mask", str(refused), node) from refused
     one_length = len({t.seen.shape for t in tables}) == 1
@@ -66,12 +66,22 @@ def _read_mask(
     return mask, alibi, one_length
 
 
+def _kind(tables: Sequence[MaskTable], heads: int, graph: CapturedGraph) -> tuple[Mask, tuple[float, ...] | None]:
+    """What the tables mean; `graph` remembers it for the sites that have the same ones."""
+    key = ("mask kind", heads, *map(id, tables))
+    if key not in graph.known:
+        graph.known[key] = classify(tables), alibi_slopes(tables, heads), tables
+    return graph.known[key][:2]
+
+
 def _table(part: Part, node: fx.Node, graph: CapturedGraph, view: CapturedGraph, patterns: Catalogue) -> MaskTable:
     """What the mask is in one of the graphs; equal masks are evaluated once."""
     core, axes = core_facts(node, graph, patterns), part.tables.axes
     own = sized(graph, core)
     own = own.sized(length=own.length, keys=own.key_length, batch=view.batch)
-    key = ("mask", own.batch, own.length, own.keys, core["causal"], axes, *core["mask"])
+    numbers = spelled(graph)
+    terms = [(t.kind, numbers.get(t.node, t.node), t.factor, shape(t.at)) for t in core["mask"]]
+    key = ("mask", own.batch, own.length, own.keys, core["causal"], axes, *terms)
     if key not in graph.known:
         graph.known[key] = evaluate_mask(core["mask"], core["causal"], own, axes)
     return graph.known[key]
