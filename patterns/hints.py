@@ -40,6 +40,7 @@ _MADE = _ops("full", "full_like", "scalar_tensor")
 _QUOTIENT = _ops("div", "div_", "floor_divide", "remainder", "fmod", "mul", "mul_")
 _SHIFT = _ops("__rshift__", "__lshift__", "bitwise_right_shift", "bitwise_left_shift")
 _CURVE = _ops("sqrt", "sqrt_", "pow", "pow_", "square")
+_KEPT = CAST | LAYOUT | _ops("triu", "triu_", "tril", "tril_")
 _HIDES = 1e4
 
 
@@ -129,12 +130,9 @@ def _numbers(node: fx.Node, inside: set[fx.Node], graph: CapturedGraph) -> set[f
 
 
 def _only_fills(node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether the value is written into masks, and decides nothing."""
+    """Whether the value is written into masks, or is one, and decides nothing."""
     users = [u for u in node.users if u in inside]
-    return bool(users) and all(
-        u.target in _FILL or (u.target in CAST | LAYOUT and len(shape(u) or ()) < 2 and _only_fills(u, inside))
-        for u in users
-    )
+    return all(u.target in _FILL or (u.target in _KEPT and _only_fills(u, inside)) for u in users)
 
 
 def repeats(graph: CapturedGraph) -> bool:

@@ -471,7 +471,7 @@ def test_a_bias_by_relative_position_is_named() -> None:
     seen = steps[None] <= steps[:, None]
     learned = torch.randn(2, 6)[:, distance].masked_fill(~seen, 0.0)
     with pytest.raises(MaskRefused, match="by relative position"):
-        alibi_slopes(MaskTable(seen=seen, bias=learned), 2)
+        alibi_slopes([MaskTable(seen=seen, bias=learned)], 2)
     learned[0, 5, 2] += 1
     with pytest.raises(MaskRefused, match=r"that is not ALiBi$"):
-        alibi_slopes(MaskTable(seen=seen, bias=learned), 2)
+        alibi_slopes([MaskTable(seen=seen, bias=learned)], 2)

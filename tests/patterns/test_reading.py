@@ -109,10 +109,10 @@ def test_alibi_slopes_are_read_back_and_other_biases_refused() -> None:
     by_key = (slopes[:, None, None] * steps).expand(2, 13, 13)
     for bias in (by_distance, by_key):
         table = MaskTable(seen=seen, bias=bias.masked_fill(~seen, 0.0))
-        assert alibi_slopes(table, 2) == pytest.approx((0.5, 0.25))
-    assert alibi_slopes(MaskTable(seen=seen, bias=None), 2) is None
+        assert alibi_slopes([table], 2) == pytest.approx((0.5, 0.25))
+    assert alibi_slopes([MaskTable(seen=seen, bias=None)], 2) is None
     with pytest.raises(MaskRefused, match="not ALiBi"):
-        alibi_slopes(MaskTable(seen=seen, bias=(by_distance**2).masked_fill(~seen, 0.0)), 2)
+        alibi_slopes([MaskTable(seen=seen, bias=(by_distance**2).masked_fill(~seen, 0.0))], 2)
 
 
 def test_key_value_heads_are_grouped() -> None:
