@@ -26,7 +26,6 @@ from fla_swap.patterns.graph import (
     _ops,
     alias_root,
     modules_of,
-    shape,
 )
 
 SMALL = 64
