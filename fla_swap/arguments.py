@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fla_swap.errors import SwapError
 from fla_swap.types import ArgPath, Mask
+from fla_swap.wrappers import config_of
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -219,7 +220,7 @@ def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     modes = {m: m.training for m in model.modules()}
-    config = getattr(model, "config", None)
+    config = config_of(model)
     before = getattr(config, "use_cache", None)
     states = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
     model.eval()

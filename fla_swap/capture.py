@@ -9,9 +9,10 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from fla_swap.arguments import undisturbed
 from fla_swap.errors import CaptureError
 from fla_swap.exporting import Exported, exports
-from fla_swap.model_inputs import BATCH, Inputs, closed_input
+from fla_swap.model_inputs import BATCH, Inputs, closed_input, own_failure
 from fla_swap.patterns.contractions import expand_contractions
 from fla_swap.patterns.graph import CapturedGraph, _ops
 
@@ -32,8 +33,8 @@ def capture(
     `limit` is the longest input that the model takes. `name`: where it stands in a larger model, by whose names modules
     and weights are called in the graph. `closed(name, value)`: which inputs do not carry what the model reads.
 
-    Raises CaptureError when `torch.export` cannot follow the model: the message says where, and how to capture a
-    submodule instead.
+    Raises CaptureError when the model itself does not run on the inputs, or `torch.export` cannot follow it: the
+    message says where, and how to capture a submodule instead.
     """
     first: Exception | None = None
     for found in exports(model, inputs):
@@ -44,6 +45,11 @@ def capture(
         if not found.branched or not _decides_on_data(graph):
             return graph
     assert first is not None
+    try:
+        with undisturbed(model, use_cache=False):
+            model(*inputs[0], **inputs[1])
+    except Exception as error:
+        raise CaptureError(own_failure(model, inputs, error)) from error
     raise CaptureError(_advice(model, first)) from first
 
 

@@ -25,6 +25,7 @@ from fla_swap.patterns.graph import CapturedGraph
 from fla_swap.patterns.hints import repeats
 from fla_swap.types import AttentionSite
 from fla_swap.verification import weights_of
+from fla_swap.wrappers import config_of
 
 SHORT = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 LONGEST = 8192
@@ -167,13 +168,13 @@ class TwoCaptures:
 
     def _limit(self) -> int:
         """The longest input that the model takes."""
-        stated = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        stated = getattr(config_of(self.model), "max_position_embeddings", None)
         return stated if isinstance(stated, int) and stated > SHORT[0] else 2**31
 
     def _sizes(self) -> set[int]:
         """Every size in the model: a captured length must not be one of them."""
         sizes = {d for tensor in weights_of(self.model).values() for d in tensor.shape}
-        config = getattr(self.model, "config", None)
+        config = config_of(self.model)
         if config is not None:
             sizes |= {v for v in vars(config).values() if isinstance(v, int)}
         return sizes

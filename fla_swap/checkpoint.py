@@ -21,6 +21,7 @@ from fla_swap.hybrid import MODEL_TYPE, HybridConfig, hybrid_config_class, hybri
 from fla_swap.module_checkpoint import PLAN, load_module, save_module
 from fla_swap.planning import plan_from_dict
 from fla_swap.registration import FlaSwapConfig as FlaSwapConfig  # saved models name it as part of this module
+from fla_swap.wrappers import uncompiled
 
 M = TypeVar("M", bound=nn.Module)
 Device = str | torch.device | None
@@ -81,7 +82,7 @@ def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, overwri
     Raises:
         CheckpointError: `folder` holds another model, or could not be written.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), uncompiled(model)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, not a folder")
     if not isinstance(model, PreTrainedModel):
@@ -121,6 +122,10 @@ def load(
         CheckpointError: no such model, a file is missing or truncated, or the weights do not fill the model.
     """
     if model is not None:
+        if not isinstance(model, nn.Module):
+            raise CheckpointError(
+                f"model={model!r} is no module: build one and pass that, fs.load({str(name)!r}, Model())"
+            )
         if isinstance(model, PreTrainedModel):
             raise CheckpointError(f"{type(model).__name__} is built by transformers: load it without `model`")
         load_module(Path(name), model)

@@ -3,6 +3,7 @@
 - Parameters on the meta device, of which only shapes are known, and quantised ones: fake tensors. Whatever is computed
   from them is fake too, while masks, positions and rotary tables stay real.
 - Buffers on the meta device (rotary frequencies, tables): a site is read off them, so they are computed again.
+- Compiled modules: their own code.
 - Attention kernels (flash attention, flex attention, kernels from the hub): the model's own eager code.
 """
 
@@ -42,6 +43,7 @@ def exportable(model: nn.Module) -> Iterator[StandIns]:
     fresh = _buffers(model)
     swaps = _Swaps()
     try:
+        _without_compilation(model, swaps)
         kernels = _without_kernels(model, swaps)
         weights = _without_weights(model, swaps)
         for module, buffers in fresh.items():
@@ -75,6 +77,16 @@ def _notes(kernels: list[str], weights: list[Tensor]) -> tuple[str, ...]:
     if any(is_quantised(w) for w in weights):
         notes.append("quantised weights were taken for plain ones of the same shape, activations too")
     return tuple(notes)
+
+
+def _without_compilation(model: nn.Module, swaps: _Swaps) -> None:
+    """Modules that were compiled, in place or wrapped, run their own code."""
+    for module in model.modules():
+        inner = module._modules.get("_orig_mod")
+        if inner is not None and "forward" in vars(module):
+            swaps.put(vars(module), "forward", inner.__call__)
+        if vars(module).get("_compiled_call_impl") is not None:
+            swaps.put(vars(module), "_compiled_call_impl", None)
 
 
 def _without_kernels(model: nn.Module, swaps: _Swaps) -> list[str]:

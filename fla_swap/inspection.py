@@ -10,17 +10,18 @@ from torch import nn
 
 from fla_swap.captures import TwoCaptures
 from fla_swap.crosscheck import check_config, unseen_layers
-from fla_swap.errors import NoAttentionFound, VerificationError
+from fla_swap.errors import ConfigError, NoAttentionFound, VerificationError
 from fla_swap.exportable import exportable
 from fla_swap.finishing import Finisher
 from fla_swap.matching import MatchResult
-from fla_swap.model_inputs import Example
+from fla_swap.model_inputs import Example, check_example
 from fla_swap.naming import with_own_names
 from fla_swap.patterns.base import Recogniser
 from fla_swap.patterns.region import Region
 from fla_swap.reporting.explanation import nothing_found
 from fla_swap.structure import ProveOnce
 from fla_swap.types import ArgPath, AttentionReport, AttentionSite, CallContract, NearMiss
+from fla_swap.wrappers import uncompiled
 
 
 def inspect(
@@ -48,19 +49,23 @@ def inspect(
             calls it, for a model that cannot be exported whole. The model is run, and sites have their names in it.
         sites: stated by hand, in place of what is found in those modules; see `prove`.
     Raises:
-        CaptureError: `torch.export` cannot follow the model. NoAttentionFound: see `strict`.
+        ConfigError: an argument is not what it must be. CaptureError: the model does not run on the inputs, or
+            `torch.export` cannot follow it. NoAttentionFound: see `strict`.
         VerificationError: the sites disagree with the model's own config, or one stated by hand is wrong.
     """
-    start = time.perf_counter()
-    parts = (within,) if isinstance(within, str) else tuple(within) or ("",)
+    start, given = time.perf_counter(), model
+    check_example(example_inputs)
+    model, parts, known = _given(model), _outermost(within), []
+    if model is not given:
+        known.append("the model is compiled: the module inside was inspected, and names are counted from it")
     with exportable(model) as stand_ins:
         proofs = ProveOnce() if stand_ins.weights else None
-        sessions = [_Inspection(model, example_inputs, patterns, proofs, part) for part in parts]
+        inspections = [_Inspection(model, example_inputs, patterns, proofs, part) for part in parts]
         stated = [_prove(model, site, example_inputs, proofs) for site in sites]
-        results = [session.run([s.fqn for s in stated], verify) for session in sessions]
+        results = [one.run([s.fqn for s in stated], verify) for one in inspections]
     found = [site for r in results for site in r.sites]
     misses = sorted((miss for r in results for miss in r.near_misses), key=lambda m: -m.progress)
-    notes = [*stand_ins.notes, *(note for session in sessions for note in session.notes)]
+    notes = [*known, *stand_ins.notes, *(note for one in inspections for note in one.notes)]
     if proofs is not None and proofs.groups:
         notes.append(proofs.note())
     if not within:
@@ -93,8 +98,25 @@ def prove(model: nn.Module, site: AttentionSite, example_inputs: Example | None 
     Raises:
         VerificationError: it is not what the module computes, or how it is called cannot be told; the reason is given.
     """
+    check_example(example_inputs)
+    model = _given(model)
     with exportable(model):
         return _prove(model, site, example_inputs, None)
+
+
+def _given(model: nn.Module) -> nn.Module:
+    """The module to look at. Raises ConfigError for anything that is none."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model is {model!r}, no torch.nn.Module: load it first (fs.load, from_pretrained)")
+    return uncompiled(model)
+
+
+def _outermost(within: str | Sequence[str]) -> list[str]:
+    """The parts, each once and none that lies in another; [""] is the whole model."""
+    parts = [within] if isinstance(within, str) else list(within) or [""]
+    if wrong := [part for part in parts if not isinstance(part, str)]:
+        raise ConfigError(f"within={within!r}: names of submodules are strings, {wrong[0]!r} is none")
+    return [p for p in dict.fromkeys(parts) if not any(o != p and (not o or p.startswith(f"{o}.")) for o in parts)]
 
 
 def _prove(model: nn.Module, site: AttentionSite, example: Example | None, proofs: ProveOnce | None) -> AttentionSite:
@@ -102,9 +124,9 @@ def _prove(model: nn.Module, site: AttentionSite, example: Example | None, proof
         raise VerificationError(f"{site.fqn}: only a site that has a module of its own can be stated by hand")
     if site.fqn not in dict(model.named_modules()):
         raise VerificationError(f"{type(model).__name__} has no module {site.fqn!r}")
-    session = _Inspection(model, example, (), proofs)
-    session.captures.choose_length(site)
-    found, misses = session.finish((site,), verify=True, regions={})
+    inspection = _Inspection(model, example, (), proofs)
+    inspection.captures.choose_length(site)
+    found, misses = inspection.finish((site,), verify=True, regions={})
     if misses:
         raise VerificationError(f"{site.fqn}: {misses[0].reason.removeprefix(f'{site.fqn}: ')}")
     said = dataclasses.replace(site.call, residual=None, time_first=False)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fla_swap.arguments import HIDDEN, Args, Kwargs, undisturbed
-from fla_swap.errors import CaptureError
+from fla_swap.errors import CaptureError, ConfigError
+from fla_swap.wrappers import receiver
 
 BATCH = 2
 Inputs = tuple[Args, Kwargs]
@@ -27,8 +28,9 @@ def default_inputs(model: nn.Module, length: int, *, padded: int = 0) -> Inputs:
 
     Raises CaptureError when the forward takes none of these.
     """
-    names = inspect.signature(model.forward).parameters
-    builder = _Defaults(model, length, padded)
+    inner = receiver(model, KINDS) or model
+    names = inspect.signature(inner.forward).parameters
+    builder = _Defaults(inner, length, padded)
     kwargs: dict[str, Any] = {}
     if "pixel_values" in names:
         kwargs |= builder.image()
@@ -102,6 +104,17 @@ class _Defaults:
         return getattr(getattr(self.config, part, None), name, None) if found is None and part else found
 
 
+def check_example(example: Any) -> None:
+    """Raises ConfigError for what cannot be one call's arguments."""
+    fits = isinstance(example, Tensor | Mapping | Sequence) and not isinstance(example, str | bytes)
+    if example is not None and not fits:
+        raise ConfigError(
+            f"example_inputs is {example!r}: it must be one call's arguments, as a mapping, a sequence or one tensor"
+        )
+    if isinstance(example, Mapping) and any(not isinstance(name, str) for name in example):
+        raise ConfigError(f"example_inputs has the keys {list(example)}: they must be names of the forward's arguments")
+
+
 def inputs_of_length(
     example: Example, length: int, *, padded: int = 0, resize: Sequence[int] | None = None, time_first: bool = False
 ) -> Inputs:
@@ -115,7 +128,8 @@ def inputs_of_length(
     named = _named(example)
     counts = token_counts(example, time_first=time_first)
     if not counts:
-        raise CaptureError("example_inputs holds no tensor [batch, time, …]")
+        given = ", ".join(f"{name}: {_described(value)}" for name, value in named.items()) or "nothing"
+        raise CaptureError(f"example_inputs holds no tensor [batch, time, …] itself, but {given}")
     chosen = counts[:1] if resize is None else resize
     lengths = {count: length - 2 * i for i, count in enumerate(chosen)}
     first = next(v for v in named.values() if isinstance(v, Tensor) and v.dim() >= 2)
@@ -263,8 +277,21 @@ def _new_pairs(value: Tensor, lengths: Mapping[int, int]) -> Tensor:
 
 def takes_cache(model: nn.Module) -> bool:
     """Whether a cache can be given to the model, or through it to the model that it wraps."""
-    names = inspect.signature(model.forward).parameters
-    if "past_key_values" in names:
-        return True
-    passes_on = any(p.kind is p.VAR_KEYWORD for p in names.values())
-    return passes_on and any(takes_cache(m) for m in model.children())
+    return receiver(model, ("past_key_values",)) is not None
+
+
+def own_failure(model: nn.Module, inputs: Inputs, error: Exception) -> str:
+    """What to say where the model's own forward raises `error` on these inputs."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    given = [*((f"argument {i}", v) for i, v in enumerate(inputs[0])), *inputs[1].items()]
+    passed = ", ".join(f"{name}: {_described(value)}" for name, value in given) or "nothing"
+    return (
+        f"{type(model).__name__}'s own forward fails, before anything is captured: {type(error).__name__}: "
+        f"{lines[0] if lines else 'without a message'}. It was given {passed}. Pass example_inputs with which it runs"
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return repr(value) if value is None or isinstance(value, int | float | str) else f"a {type(value).__name__}"

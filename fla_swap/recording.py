@@ -10,7 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fla_swap.arguments import Args, Kwargs, leaves, undisturbed
+from fla_swap.errors import CaptureError, FlaSwapError
+from fla_swap.model_inputs import own_failure
 from fla_swap.types import ArgPath
+from fla_swap.wrappers import config_of
 
 
 @dataclass(kw_only=True)
@@ -51,7 +54,10 @@ def _watched(model: nn.Module, owners: Iterable[str], before: Any, after: Any, *
 
 
 def record_calls(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kwargs]) -> dict[str, CallRecord]:
-    """Run the model once and keep what each owner was called with. An owner that was not called is missing."""
+    """Run the model once and keep what each owner was called with. An owner that was not called is missing.
+
+    Raises CaptureError when the model does not run on these inputs.
+    """
     records: dict[str, CallRecord] = {}
 
     def before(name: str) -> Any:
@@ -68,7 +74,12 @@ def record_calls(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kw
         return hook
 
     with _watched(model, list(owners), before, after, use_cache=False):
-        model(*inputs[0], **inputs[1])
+        try:
+            model(*inputs[0], **inputs[1])
+        except FlaSwapError:
+            raise
+        except Exception as error:
+            raise CaptureError(own_failure(model, inputs, error)) from error
     return records
 
 
@@ -79,7 +90,7 @@ def record_cache(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kw
     """
     import transformers
 
-    config = getattr(model, "config", None)
+    config = config_of(model)
     own = transformers.DynamicCache(config=config) if config is not None else transformers.DynamicCache()
     given: Any = own
     if getattr(config, "is_encoder_decoder", False):

@@ -14,13 +14,15 @@ from fla_swap.errors import FlaSwapError, SwapError
 from fla_swap.hybrid import SwappedAttention, become_hybrid, become_plain, install
 from fla_swap.mixers import mixer_class
 from fla_swap.types import AttentionSite, LayerPlan, Projection, SwapPlan, WeightRef
+from fla_swap.wrappers import uncompiled
 
 
 def swap_(model: nn.Module, plan: SwapPlan, *, keep_originals: bool = True) -> nn.Module:
     """Replace the planned attention layers by mixers that start from their weights. In place; returns the model.
 
     All or nothing: everything is checked and built before the first layer changes. A transformers model also gets a
-    subclass of its own class, so that `save_pretrained` and `from_pretrained` know about the swap.
+    subclass of its own class, so that `save_pretrained` and `from_pretrained` know about the swap. In a compiled model
+    (`torch.compile`) the module inside is swapped; it is compiled again when it is called next.
 
     Args:
         keep_originals: keep the replaced modules (outside `parameters()` and `state_dict()`), for `restore_` and as
@@ -28,6 +30,7 @@ def swap_(model: nn.Module, plan: SwapPlan, *, keep_originals: bool = True) -> n
     Raises:
         SwapError: the plan is for another model, a layer cannot be built, or the model is swapped already.
     """
+    given, model = model, uncompiled(model)
     swapped = [fqn for fqn, _ in swapped_layers(model)]
     if swapped:
         raise SwapError(f"this model is swapped already (first layer {swapped[0]}); restore_ it before another plan")
@@ -41,7 +44,7 @@ def swap_(model: nn.Module, plan: SwapPlan, *, keep_originals: bool = True) -> n
     for fqn, module in built:
         install(model, fqn, module)
     _set_nested_tensors(model, [fqn for fqn, _ in built], allowed=False)
-    return model
+    return given
 
 
 def restore_(model: nn.Module) -> nn.Module:
@@ -50,6 +53,7 @@ def restore_(model: nn.Module) -> nn.Module:
     Raises:
         SwapError: nothing is swapped, or the originals are gone (loaded from disk, or `keep_originals=False`).
     """
+    given, model = model, uncompiled(model)
     layers = swapped_layers(model)
     if not layers:
         raise SwapError("this model is not swapped")
@@ -66,12 +70,12 @@ def restore_(model: nn.Module) -> nn.Module:
     if isinstance(model, PreTrainedModel):
         become_plain(model)
         _forget_static_cache(model)
-    return model
+    return given
 
 
 def swapped_layers(model: nn.Module) -> list[tuple[str, SwappedAttention]]:
     """(fqn, module) of every swapped layer, in model order; `.mixer` is the new, `.original` the old attention."""
-    return [(fqn, module) for fqn, module in model.named_modules() if isinstance(module, SwappedAttention)]
+    return [(fqn, module) for fqn, module in uncompiled(model).named_modules() if isinstance(module, SwappedAttention)]
 
 
 @contextmanager

@@ -37,6 +37,8 @@ def catalogue(extra: Iterable[Recogniser] | None = None) -> Catalogue:
 
     Raises RecogniserError for what is no recogniser, for an unknown slot, and for two of one name in a slot.
     """
+    if extra is not None and not isinstance(extra, Iterable):
+        raise RecogniserError(f"patterns={extra!r} is no sequence of recognisers: write patterns=(…,)")
     own = list(installed_recognisers() if extra is None else (checked(r, "patterns=") for r in extra))
     scores = _unique("scores", own, SCORES)
     builtin = (FusedCore(), FlexCore(), SoftmaxCore(scores=scores))

@@ -1,4 +1,5 @@
-"""Models of other dtypes, without a mask, wrapped or compiled, and models that pass their ALiBi bias around."""
+"""What `inspect` is given: models of other dtypes, without a mask, with an ALiBi bias among the arguments, wrapped or
+compiled; and arguments that it cannot take."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from saved import llama
 
 import fla_swap as fs
 from fla_swap.contract import is_own_alibi
+from fla_swap.errors import CaptureError, CheckpointError, ConfigError, RecogniserError
 
 
 def ids(length: int = 16, batch: int = 2) -> torch.Tensor:
@@ -91,3 +93,98 @@ def test_an_export_that_fails_prints_no_graph(capfd):
     assert len(report.sites) == 1
     said = capfd.readouterr()
     assert "def forward" not in said.err + said.out
+
+
+# ---- models in other modules
+
+
+def adapted(model: torch.nn.Module) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=2)).eval()  # no task_type
+
+
+WRAPPERS = {
+    "compiled": (lambda m: torch.compile(m, backend="eager"), ""),
+    "data parallel": (torch.nn.DataParallel, "module."),
+    "adapters": (adapted, "base_model.model."),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_is_inspected_and_swapped(wrapper):
+    wrap, prefix = WRAPPERS[wrapper]
+    inner = llama(layers=2)
+    model = wrap(inner)
+    report = fs.inspect(model)
+    assert [s.fqn for s in report.sites] == [f"{prefix}model.layers.{i}.self_attn" for i in (0, 1)]
+    assert any("compiled" in note for note in report.notes) == (wrapper == "compiled")
+    assert report.sites[0].call.cache is not None
+    with torch.no_grad():
+        wanted = model(ids()).logits
+        assert fs.swap_(model, fs.plan(report, mixer="gla", keep=0)) is model
+        assert (model(ids()).logits - wanted).abs().max() > 0.01
+        assert inner.generate(ids(), max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 19)
+        assert torch.equal(fs.restore_(model)(ids()).logits, wanted)
+
+
+def test_modules_that_are_compiled_in_place_run_their_own_code():
+    model = llama(layers=2)
+    model.compile()
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    report = fs.inspect(model)
+    assert [s.fqn for s in report.sites] == ["model.layers.0.self_attn", "model.layers.1._orig_mod.self_attn"]
+    assert model._compiled_call_impl is not None
+
+
+def test_parts_that_are_named_twice_or_lie_in_each_other_count_once():
+    names = ["model.layers.1.self_attn", "model.layers.1", "model.layers.0", "model.layers.0"]
+    report = fs.inspect(llama(layers=2), within=names)
+    assert [s.fqn for s in report.sites] == ["model.layers.1.self_attn", "model.layers.0.self_attn"]
+    assert [s.layer for s in report.sites] == [0, 1]
+
+
+# ---- arguments of `inspect` and `load`
+
+
+IDS = torch.zeros(2, 7, dtype=torch.long)
+ARGUMENTS = [
+    ({"example_inputs": 5}, ConfigError, "example_inputs is 5: it must be one call's arguments"),
+    ({"example_inputs": "a text"}, ConfigError, "example_inputs is 'a text'"),
+    ({"example_inputs": {0: IDS}}, ConfigError, "they must be names of the forward's arguments"),
+    ({"example_inputs": {"foo": IDS}}, CaptureError, "own forward fails.* given foo: int64 .2, 7."),
+    (
+        {"example_inputs": {"input_ids": IDS.float()}},
+        CaptureError,
+        "own forward fails.* given input_ids: float32 .2, 7.",
+    ),
+    (
+        {"example_inputs": [IDS, {"a": 1}]},
+        CaptureError,
+        "own forward fails.* given argument 0: int64 .2, 7., argument 1",
+    ),
+    ({"example_inputs": ((), {"input_ids": IDS})}, CaptureError, "no tensor .batch, time, ….* 0: a tuple, 1: a dict"),
+    ({"patterns": object()}, RecogniserError, "no sequence of recognisers"),
+    ({"within": [0]}, ConfigError, "names of submodules are strings, 0 is none"),
+    ({"within": "model.layers.0", "example_inputs": {"foo": IDS}}, CaptureError, "own forward fails.* given foo"),
+]
+
+
+@pytest.mark.parametrize(("changed", "kind", "message"), ARGUMENTS, ids=lambda v: v if isinstance(v, str) else "")
+def test_an_argument_that_inspect_cannot_take(changed, kind, message):
+    with pytest.raises(kind, match=message):
+        fs.inspect(llama(layers=1), **changed)
+
+
+@pytest.mark.parametrize("model", ["gpt2", None, torch.nn.Linear], ids=str)
+def test_what_is_no_module(model, tmp_path):
+    with pytest.raises(ConfigError, match=r"no torch\.nn\.Module: load it first"):
+        fs.inspect(model)
+    if model is torch.nn.Linear:
+        with pytest.raises(CheckpointError, match="is no module: build one"):
+            fs.load(tmp_path, model)
+
+
+def test_an_input_of_another_width():
+    with pytest.raises(CaptureError, match=r"own forward fails.*argument 0: float32 \[2, 5, 9\]"):
+        fs.inspect(torch.nn.TransformerEncoderLayer(32, 4, batch_first=True), torch.randn(2, 5, 9))

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BASE = ("types", "errors", "arguments", "model_inputs", "exporting", "lengths", "noise", "naming")
+BASE = ("types", "errors", "arguments", "model_inputs", "exporting", "lengths", "noise", "naming", "wrappers")
 LEAVES = ("kernels", "patterns")
 STAGES = (
     "capture",
