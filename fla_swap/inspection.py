@@ -77,7 +77,7 @@ def inspect(
         unclaimed=tuple(core for r in results for core in r.unclaimed),
         notes=tuple(dict.fromkeys(notes)),
         seconds=time.perf_counter() - start,
-        checked_length=min((n for s in sessions if (n := s.captures.checked) is not None), default=None),
+        checked_length=min((n for one in inspections if (n := one.captures.checked) is not None), default=None),
     )
     if strict and not report.sites:
         raise NoAttentionFound(nothing_found(report), report)
