@@ -211,9 +211,12 @@ def _rope_base(w: Witness) -> str | None:
         return None
     count = len(rope.inv_freq)
     # What is found follows base^(-i/n) when two neighbours have one ratio; anything else is no plain table.
-    base = (rope.inv_freq[0] / rope.inv_freq[1]) ** count if rope.inv_freq[1] > 0 else 0.0
-    plain = all(_near(f, rope.inv_freq[0] * base ** (-i / count), 2e-2) for i, f in enumerate(rope.inv_freq))
-    if plain and rope.inv_freq[0] > 0.98 and not _near(base, theta, 5e-2):
+    found = [-f for f in rope.inv_freq] if rope.inv_freq[0] < 0 else list(rope.inv_freq)  # turned the other way
+    if min(found) <= 0:
+        return None
+    base = (found[0] / found[1]) ** count
+    plain = all(_near(f, found[0] * base ** (-i / count), 2e-2) for i, f in enumerate(found))
+    if plain and found[0] > 0.98 and not _near(base, theta, 5e-2):
         return f"a rotary base of {base:.6g}, the config says rope_theta = {theta:g}"
     return None
 

@@ -55,9 +55,8 @@ def turned_heads(core: Mapping[str, Any], owner: str, graph: CapturedGraph) -> t
     """(reason, node) where an operand of the core is multiplied by a stored matrix after its split into heads."""
     for side in "qkv":
         for linear in _projections(core[side], owner, graph):
-            dims = shape(linear.x) or ()
-            split = len(dims) > 3 and math.prod(dims[:-1]) > graph.batch * graph.length  # else a dimension of size 1
-            if split and _follows(linear.x, owner, graph):
+            before = _before(linear.x, owner, graph)
+            if before is not None and _vectors(linear.x) > _vectors(before.out):
                 return f"{side} is multiplied by a stored matrix after its split into heads", linear.out
     return None
 
@@ -84,14 +83,20 @@ def _projections(start: fx.Node, owner: str, graph: CapturedGraph) -> list[Linea
 
 def _ranks(linears: list[Linear], owner: str, graph: CapturedGraph) -> set[int]:
     """Widths of what lies between two projections in series: `inputs` of the later one."""
-    return {linear.inputs for linear in linears if _follows(linear.x, owner, graph)}
+    return {linear.inputs for linear in linears if _before(linear.x, owner, graph) is not None}
 
 
-def _follows(node: fx.Node, owner: str, graph: CapturedGraph) -> bool:
-    """Whether `node` comes from another projection of the owner, through norms and movements of data alone."""
+def _vectors(node: fx.Node) -> int:
+    """How many vectors along its last dimension a tensor holds."""
+    return math.prod((shape(node) or (0,))[:-1])
+
+
+def _before(node: fx.Node, owner: str, graph: CapturedGraph) -> Linear | None:
+    """The other projection of the owner that `node` comes from, through norms and movements of data alone."""
     while owner in modules_of(node):
-        if isinstance(match_linear(node, graph), Found):
-            return True
+        result = match_linear(node, graph)
+        if isinstance(result, Found):
+            return result.facts["projection"]
         norm = QKNorm().match(node, graph)
         if isinstance(norm, Found) and norm.next is not None:
             node = norm.next
@@ -102,9 +107,9 @@ def _follows(node: fx.Node, owner: str, graph: CapturedGraph) -> bool:
             continue
         inputs = graph.open_inputs(node)
         if node.target not in _QUIET or len(inputs) != 1:
-            return False
+            return None
         node = inputs[0]
-    return False
+    return None
 
 
 def sources(start: fx.Node, graph: CapturedGraph) -> list[fx.Node]:
