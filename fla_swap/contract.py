@@ -229,12 +229,13 @@ def _looks_like_a_mask(value: Tensor, length: int, keys: int) -> bool:
 
 def _mask_kind(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor) -> str | None:
     """What a mask argument is, None when it is not the site's mask: "mask" ([B, S] of whole numbers or truth values, or
-    [B or 1, 1 or H, T or 1, S]), "padding" ([B, S] to be added, or [B, 1, 1, S] beside a mask that the owner makes
-    itself), "pairs" ([T, S]); with " hidden" after it when it is true where a key is hidden."""
+    [B or 1, 1 or H, T or 1, S], of which the owner may hide more itself), "padding" ([B, S] to be added, or
+    [B, 1, 1, S] beside a mask that the owner makes itself), "pairs" ([T, S]); with " hidden" after it when it is true where a key is hidden."""
     batch, length = valid.shape
     if value.is_complex() or value.shape[-1:] != keys.shape[-1:] or value.dim() not in (2, 4):
         return None
-    wanted = _wanted(site, valid, keys)
+    pairs = _pairs(site, valid, keys)
+    wanted = pairs & keys[:, None, None, :]
     rows = valid[:, None, :, None]
     truth = value if value.dtype == torch.bool else value > HIDDEN if value.is_floating_point() else value > 0
     for seen, suffix in ((truth, ""), (~truth, " hidden")):
@@ -242,6 +243,10 @@ def _mask_kind(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor) 
             break
         if value.dim() == 4:
             if value.shape[-2] in (1, length) and bool(((seen == wanted) | ~rows).all()):
+                return "mask" + suffix
+            plain = not value.is_floating_point() or bool(((value == 0) | ~seen).all())
+            more = plain and value.shape[-2] == length and not bool(seen.all())
+            if more and bool((((seen & pairs) == wanted) | ~rows).all()):
                 return "mask" + suffix
             over_keys = value.shape[:3] == (batch, 1, 1) and (value.dtype == torch.bool or value.is_floating_point())
             if over_keys and torch.equal(seen[:, 0, 0], keys):
@@ -259,11 +264,11 @@ def wanted_pairs(site: AttentionSite, length: int, keys: int, device: torch.devi
     return expected(site.mask, length, keys=keys).to(device)
 
 
-def _wanted(site: AttentionSite, valid: Tensor, keys: Tensor) -> Tensor:
-    """bool [B, 1, T, S] of the site's mask with the padding hidden."""
+def _pairs(site: AttentionSite, valid: Tensor, keys: Tensor) -> Tensor:
+    """bool [B, 1, T, S] of the site's mask in each row, counted from its first token."""
     starts = keys.int().argmax(1).tolist()
     pairs = [expected(site.mask, valid.shape[1], start, keys=keys.shape[1]) for start in starts]
-    return torch.stack(pairs)[:, None].to(valid.device) & keys[:, None, None, :]
+    return torch.stack(pairs)[:, None].to(valid.device)
 
 
 def _table(value: Tensor, rope: Rope, positions: Tensor) -> str | None:

@@ -160,6 +160,8 @@ def _kv_heads(w: Witness) -> str | None:
         stated = _stated(w.config, HEADS)
     elif w.site.kind == "cross" or w.config.get("multi_query") is not None:
         stated |= _stated(w.config, HEADS)
+    if w.kind == "sliding_attention" and any(w.site.kv_heads % v == 0 for v in stated.values()):
+        return None  # layers with a window may have more of them than the config says of the others
     return _one_of("key/value heads", w.site.kv_heads, stated)
 
 

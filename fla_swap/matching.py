@@ -130,6 +130,10 @@ class _Attempt:
         first = parts[0]
         linears = [linear for p in parts for x in (p.q, p.k, p.v) if (linear := x.linear) is not None]
         o, boundary = self._outwards([p.core["out"] for p in parts], linears)
+        if o.sinks is not None:
+            if len(parts) > 1 or "sinks" in first.core:
+                raise Stop("output", "a second set of sinks, or one in a loop over the heads", o.out)
+            first.core["sinks"] = o.sinks
         hidden, memory = self._sizes(first.core, boundary)
         parts = [number_heads(p, boundary, self.view) for p in parts]
         first = parts[0]
@@ -161,6 +165,7 @@ class _Attempt:
             q_norm=norm_of("q", parts, rows),
             k_norm=norm_of("k", parts, rows),
             v_norm=norm_of("v", parts, rows),
+            v_scale=first.v.scale,
             clip=q.clip,
             temperature=q.temperature,
             norm_after_rope=q.norm_after_rope or k.norm_after_rope,

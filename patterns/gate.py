@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from fla_swap.patterns.base import ABSENT, Found, Refused, Result
-from fla_swap.patterns.graph import CAST, LAYOUT, CapturedGraph, NotLayout, _ops, argument, op_name, shape
+from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, NotLayout, _ops, argument, op_name, shape
+from fla_swap.patterns.normalise import SOFTMAX
 from fla_swap.patterns.projection import Linear, Project
-from fla_swap.patterns.scores import MUL
-from fla_swap.types import Gate
+from fla_swap.patterns.steps import MUL, SUB
+from fla_swap.types import Gate, WeightRef
 
 ACTIVATIONS = {
     "sigmoid": _ops("sigmoid", "sigmoid_", "special_expit"),
@@ -20,6 +22,9 @@ ACTIVATIONS = {
     "tanh": _ops("tanh", "tanh_"),
     "softplus": _ops("softplus"),
 }
+
+
+LOGSUMEXP = _ops("logsumexp")
 
 
 class GateRefused(Exception):
@@ -57,6 +62,10 @@ def find_gate(node: fx.Node, heads: fx.Node, graph: CapturedGraph) -> Result:
     if name == "softplus" and (argument(step, 1, "beta", 1), argument(step, 2, "threshold", 20)) != (1, 20):
         return Refused("a gate with a softplus of another slope or threshold", step)
     before = step.all_input_nodes[0]
+    if name == "sigmoid":
+        sinks = sinks_of_gate(before, heads, graph)
+        if sinks is not None and _each_query(step, opened, heads, graph):
+            return Found(facts={"sinks": sinks}, nodes=(node, step), next=heads)
     for inner in graph.peel(before, LAYOUT | CAST):
         found = Project().match(inner, graph)
         if isinstance(found, Refused):
@@ -67,6 +76,58 @@ def find_gate(node: fx.Node, heads: fx.Node, graph: CapturedGraph) -> Result:
             )
             return Found(facts={"gate": facts}, nodes=(node, step), next=heads)
     return Refused("a gate on the heads' outputs that is not one projection of the hidden states", step)
+
+
+def sinks_of_gate(logit: fx.Node, heads: fx.Node, graph: CapturedGraph) -> WeightRef | None:
+    """Sinks, spelled as a gate: softmax(s) · sigmoid(logsumexp(s) − sink) is the softmax with one more column, `sink`.
+
+    `logit` [B, H, T] (or [B, H, T, 1]) is the difference; `heads` [B, H, T, V] must be what the softmax of the same
+    scores was multiplied into. 2309.17453 describes sinks.
+    """
+    less = graph.peel(logit, CAST)[-1]
+    if less.target not in SUB or len(less.args) != 2 or argument(less, 2, "alpha", 1) != 1:
+        return None
+    total, sinks = less.args
+    if not isinstance(total, fx.Node) or not isinstance(sinks, fx.Node) or graph.is_open(sinks):
+        return None
+    total = graph.peel(total, CAST)[-1]
+    dims = shape(total) or ()
+    if total.target not in LOGSUMEXP or total.args[1] not in ([-1], -1, [3]):
+        return None
+    scores, probabilities = total.args[0], graph.peel(heads, CAST)[-1].all_input_nodes
+    softmaxes = [s for n in probabilities for s in graph.peel(n, CAST | DROPOUT) if s.target in SOFTMAX]
+    if len(softmaxes) != 1 or softmaxes[0].args[0] is not scores or softmaxes[0].args[1] not in (-1, 3):
+        return None
+    return stored_for_heads(sinks, dims, graph) if len(shape(scores) or ()) == 4 else None
+
+
+def _each_query(step: fx.Node, opened: fx.Node, heads: fx.Node, graph: CapturedGraph) -> bool:
+    """Whether `opened` [B, H, T, 1] holds what `step` [B, H, T] has for each query of `heads` [B, H, T, V]."""
+    dims = shape(heads) or ()
+    numbers = torch.arange(math.prod(dims[:-1])).reshape(dims[:-1])
+    try:
+        start = numbers.reshape(shape(step) or ())
+        moved = graph.trace(step, start, opened, {})
+    except (NotLayout, RuntimeError):
+        return False
+    return torch.equal(moved, numbers[..., None])
+
+
+def stored_for_heads(node: fx.Node, dims: tuple[int, ...], graph: CapturedGraph) -> WeightRef | None:
+    """The one-dimensional parameter behind `node` whose entry h stands at [:, h] of a tensor of shape `dims`."""
+    origin = node
+    while origin.op == "call_function" and len(origin.all_input_nodes) == 1:
+        origin = origin.all_input_nodes[0]
+    size = shape(origin)
+    if origin.name not in graph.weights or size is None or size != (dims[1],):
+        return None
+    try:
+        numbers = graph.trace_closed(origin, torch.arange(size[0]), node)
+        found = numbers.expand(dims)
+    except (NotLayout, RuntimeError):
+        return None
+    wanted = torch.arange(size[0]).reshape(-1, *(1,) * (len(dims) - 2))
+    return WeightRef(name=graph.weights[origin.name]) if bool((found == wanted).all()) else None
 
 
 def state_gate(

@@ -115,12 +115,7 @@ class CapturedGraph:
     ) -> CapturedGraph:
         """The same graph with another batch, query and key count (`keys` None: as `length`). Shares all it knows."""
         view = copy.copy(self)
-        own = {
-            "length": length,
-            "batch": self.batch if batch is None else batch,
-            "keys": keys,
-            "time_first": time_first,
-        }
+        own = {"length": length, "batch": batch or self.batch, "keys": keys, "time_first": time_first}
         for name, value in own.items():
             object.__setattr__(view, name, value)
         return view
@@ -269,7 +264,12 @@ class CapturedGraph:
             if node in same:
                 return visit(same[node])
             if not self.is_open(node):
-                return self.evaluate(node)
+                value = self.evaluate(node)
+                if not (isinstance(value, Tensor) and value.is_floating_point()):
+                    return value
+                if value.numel():  # numbers of places and values do not mix
+                    raise NotLayout(node)
+                return value.long()
             if node.op != "call_function":
                 raise NotLayout(node)
             if node.target in CAST or node.target in DROPOUT:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fla_swap.patterns.adapters import linear_of_all
 from fla_swap.patterns.base import Found, Refused
+from fla_swap.patterns.combined import combined
 from fla_swap.patterns.core import SDPA
 from fla_swap.patterns.gate import GateFacts, GateRefused, find_gate, state_gate
 from fla_swap.patterns.graph import (
@@ -34,7 +35,7 @@ from fla_swap.patterns.norm import NormFacts, NormRefused, QKNorm, state_norm
 from fla_swap.patterns.normalise import SOFTMAX
 from fla_swap.patterns.projection import Linear, Project
 from fla_swap.patterns.scores import ADD
-from fla_swap.types import ArgPath, CallContract
+from fla_swap.types import ArgPath, CallContract, WeightRef
 
 CAT = _ops("cat", "concat", "stack")
 _QUIET = LAYOUT | CAST | DROPOUT
@@ -54,6 +55,7 @@ class Output:
     linear: Linear | None = None
     norm: NormFacts | None = None
     gate: GateFacts | None = None
+    sinks: WeightRef | None = None
     same: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
 
@@ -112,7 +114,9 @@ def _forward(walk: fx.Node, users: list[fx.Node], graph: CapturedGraph) -> Found
     norm = _norm_after(walk, users, graph)
     if norm is not None:
         return norm
-    return Refused(f"the attention's output is read by {len(users)} operations, expected one", walk)
+    return combined(walk, users, graph) or Refused(
+        f"the attention's output is read by {len(users)} operations, expected one", walk
+    )
 
 
 def _norm_after(walk: fx.Node, users: list[fx.Node], graph: CapturedGraph) -> Found | None:

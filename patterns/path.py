@@ -152,8 +152,8 @@ def _take(path: Path, found: Found, node: fx.Node) -> Refused | None:
 
 def paths_disagree(q: Path, k: Path, v: Path) -> tuple[str, str] | None:
     """(slot, reason) where the three paths together are more than a site states, or None."""
-    if v.rope is not None or v.temperature is not None or v.scale != 1.0:
-        steps = [s for s in v.steps if s in ("rope", "temperature")] or ["a factor"]
+    if v.rope is not None or v.temperature is not None:
+        steps = [s for s in v.steps if s in ("rope", "temperature")]
         return "v", f"the values pass through {', '.join(steps)}, which a site cannot state"
     if k.temperature is not None:
         return "k", "the keys are scaled by an amount that depends on the position"

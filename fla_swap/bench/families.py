@@ -107,6 +107,7 @@ def _facts(sites: tuple[fs.AttentionSite, ...]) -> list[str]:
         words += [f"rope {2 * len(s.rope.inv_freq)} {s.rope.style}"] if s.rope else []
         words += ["ALiBi"] if s.alibi else []
         words += [f"softcap {s.softcap:g}"] if s.softcap else []
+        words += [f"v × {s.v_scale:g}"] if s.v_scale != 1.0 else []
         named = {"sinks": s.sinks, "q/k norm": s.q_norm, "v norm": s.v_norm, "output norm": s.o_norm, "gate": s.gate}
         named |= {"temperature": s.temperature, "clip": s.clip, "in the graph": s.place == "graph", "no o": s.o is None}
         words += [name for name, there in named.items() if there]

@@ -111,6 +111,12 @@ OWN: dict[str, dict[str, Any]] = {
     "laguna": {"num_attention_heads_per_layer": [4] * LAYERS},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mimo_v2_flash": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}
+            for kind, theta in (("full_attention", 5e6), ("sliding_attention", 1e4))
+        }
+    },
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {

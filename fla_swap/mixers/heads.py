@@ -54,6 +54,7 @@ class HeadsConfig(MixerConfig):
     gate: Gate | None = None
     output_proj: bool | None = None
     output_size: int | None = None
+    v_scale: float | None = None
 
 
 class HeadsMixer(TokenMixer):
@@ -118,6 +119,7 @@ class HeadsMixer(TokenMixer):
             "gate": site.gate,
             "output_proj": site.o is not None,
             "output_size": site.output_size,
+            "v_scale": site.v_scale,
         }
 
     def load_attention(self, site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
@@ -159,6 +161,7 @@ class HeadsMixer(TokenMixer):
         q, k = q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.kv_heads, -1))
         v = v.unflatten(-1, (self.kv_heads, -1))
         v = v if self.v_norm is None else self.v_norm(v)
+        v = v if self.config.v_scale in (None, 1.0) else v * self.config.v_scale
         if not self.config.norm_after_rope:
             q, k = self._norm(q, k)
         rope = self.rope

@@ -121,6 +121,9 @@ def _before_scores(site: AttentionSite) -> list[Fact]:
         if norm is not None:
             sides = "v" if side == "v" else "q/k"
             facts.append(_norm(f"{side} norm", norm, f"{sides} {norm.kind} norm"))
+    if site.v_scale != 1.0:
+        text = f"values times {site.v_scale:g}"
+        facts.append(Fact(name="v scale", text=text, short=f"v × {site.v_scale:g}", origin="constants in the graph"))
     if site.rope is not None:
         facts.append(_rope(site.rope, site.head_dim, site.norm_after_rope and site.q_norm is not None))
     if site.temperature is not None:

@@ -55,6 +55,7 @@ SITE = AttentionSite(
     v_norm=Norm(kind="rms", eps=1e-6, weight=ref("v_norm"), per_head=True),
     o_norm=Norm(kind="rms", eps=1e-6, weight=ref("o_norm"), across_heads=True),
     clip=0.8,
+    v_scale=0.6,
     temperature=Temperature(scale=0.5, length=4, offset=1),
     gate=Gate(projection=Projection(weight=ref("gate"))),
 )
@@ -80,7 +81,7 @@ def by_hand(w, x):
     q = x @ (w["q"] + 0.7 * w["up"] @ w["down"]).T + w["bias"]
     q, k, v = (y.clamp(-0.8, 0.8).unflatten(-1, (n, -1)) for y, n in ((q, H), (x @ w["k"].T, HK), (x @ w["v"].T, HK)))
     k = F.layer_norm(k, (K,), eps=1e-5) * w["k_norm"].view(HK, K) + w["k_norm_bias"].view(HK, K)
-    v = v * (v.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w["v_norm"].view(HK, V)
+    v = v * (v.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w["v_norm"].view(HK, V) * 0.6
     positions = torch.arange(11, dtype=torch.float64)
     turn = torch.polar(torch.ones(11, 3).double(), positions[:, None] * torch.tensor([1.0, 0.3, 0.02]).double())
 
@@ -168,7 +169,7 @@ def test_cross_attention_reads_the_memory(weights, hidden):
     names = {"k": "k_memory", "v": "v_memory"}
     site = dataclasses.replace(
         SITE, kind="cross", memory_size=10, mask=Mask(kind="bidirectional"), rope=None, temperature=None, clip=None,
-        k_norm=None, v_norm=None, o_norm=None, gate=None, **{n: Projection(weight=ref(p)) for n, p in names.items()},
+        k_norm=None, v_norm=None, o_norm=None, gate=None, v_scale=1.0, **{n: Projection(weight=ref(p)) for n, p in names.items()},
     )  # fmt: skip
     memory, valid = torch.randn(2, 5, 10).double(), torch.ones(2, 5, dtype=torch.bool)
     valid[1, 3:] = False
