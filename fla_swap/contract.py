@@ -230,7 +230,8 @@ def _looks_like_a_mask(value: Tensor, length: int, keys: int) -> bool:
 def _mask_kind(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor) -> str | None:
     """What a mask argument is, None when it is not the site's mask: "mask" ([B, S] of whole numbers or truth values, or
     [B or 1, 1 or H, T or 1, S], of which the owner may hide more itself), "padding" ([B, S] to be added, or
-    [B, 1, 1, S] beside a mask that the owner makes itself), "pairs" ([T, S]); with " hidden" after it when it is true where a key is hidden."""
+    [B, 1, 1, S] beside a mask that the owner makes itself), "pairs" ([T, S]); with " hidden" after it when it is true
+    where a key is hidden."""
     batch, length = valid.shape
     if value.is_complex() or value.shape[-1:] != keys.shape[-1:] or value.dim() not in (2, 4):
         return None

@@ -173,9 +173,9 @@ class AttentionSite:
     `kind`: "self", or "cross" (keys and values come from `call.memory` [B, S, memory_size]). `place`: "module", or
     "graph" for an attention that has no module of its own, or shares it: only `fs.rewrite` can replace it; `fqn` is
     then the deepest module around it with "#" and a number. `anchor`: the core's node in the captured graph.
-    Between projection and norm q, k and v are clamped to ±`clip`. `v_norm` acts on the value heads, `v_scale` multiplies
-    them after it; `o_norm` acts on the heads' outputs, before `gate` multiplies them. `output_size`: the rows of o_proj
-    where they are not `hidden_size`.
+    Between projection and norm q, k and v are clamped to ±`clip`. `v_norm` acts on the value heads, `v_scale`
+    multiplies them after it; `o_norm` acts on the heads' outputs, before `gate` multiplies them. `output_size`: the
+    rows of o_proj where they are not `hidden_size`.
     """
 
     fqn: str

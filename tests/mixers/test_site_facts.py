@@ -169,7 +169,8 @@ def test_cross_attention_reads_the_memory(weights, hidden):
     names = {"k": "k_memory", "v": "v_memory"}
     site = dataclasses.replace(
         SITE, kind="cross", memory_size=10, mask=Mask(kind="bidirectional"), rope=None, temperature=None, clip=None,
-        k_norm=None, v_norm=None, o_norm=None, gate=None, v_scale=1.0, **{n: Projection(weight=ref(p)) for n, p in names.items()},
+        k_norm=None, v_norm=None, o_norm=None, gate=None, v_scale=1.0,
+        **{n: Projection(weight=ref(p)) for n, p in names.items()},
     )  # fmt: skip
     memory, valid = torch.randn(2, 5, 10).double(), torch.ones(2, 5, dtype=torch.bool)
     valid[1, 3:] = False
