@@ -51,6 +51,9 @@ def find_entry(site: AttentionSite, record: CallRecord) -> Entry | str:
         (path, value), (memory, other) = pairs[0]
         length, keys = value.shape[1 - first], other.shape[1 - first]
         return Entry(hidden=path, batch=value.shape[first], length=length, memory=memory, keys=keys)
+    if not returned:
+        kinds = ", ".join(type(v).__name__ for v in _items(record.output))
+        return f"it returns no hidden states, [batch, time, width], that stand by themselves, but: {kinds}"
     if not hidden:
         return f"no argument has the shape of the hidden state: {site.hidden_size} wide, as long as the output"
     if site.call.residual is not None and site.call.residual.position == 1:

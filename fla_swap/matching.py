@@ -255,8 +255,11 @@ class _Attempt:
         places = Places(known=number_outputs(outs), width=total * width)
         try:
             order = read_order(places.at(o.x, o.same, self.view)[1], total)
-        except (HeadsRefused, NotLayout) as refused:
+        except HeadsRefused as refused:
             raise Stop("output", str(refused), o.out) from refused
+        except NotLayout as stop:
+            reason = f"the heads are joined with what {op_name(stop.node)} gives, which is no attention"
+            raise Stop("output", reason, stop.node) from stop
         places = Places(known=number_outputs(outs, order), width=total * width)
         reason = check_order(o, places, boundary.end, self.view)
         if reason is not None:

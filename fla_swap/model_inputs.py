@@ -24,7 +24,7 @@ def default_inputs(model: nn.Module, length: int, *, padded: int = 0) -> Inputs:
 
     Token ids [2, length] (for an encoder–decoder's decoder [2, length − 2]), each with an attention mask whose second
     row has `padded` positions of left padding; waveforms [2, 320 · length + 80]; images [2, channels, height, width]
-    and mel features [2, bins, frames] of the one size that the config states.
+    and mel features [2, bins, frames] of the one size that the config states. No images where they stand at tokens.
 
     Raises CaptureError when the forward takes none of these.
     """
@@ -32,7 +32,8 @@ def default_inputs(model: nn.Module, length: int, *, padded: int = 0) -> Inputs:
     names = inspect.signature(inner.forward).parameters
     builder = _Defaults(inner, length, padded)
     kwargs: dict[str, Any] = {}
-    if "pixel_values" in names:
+    placed = "input_ids" in names and builder.image_token is not None  # images stand at tokens: text alone does
+    if "pixel_values" in names and not placed:
         kwargs |= builder.image()
     if "input_features" in names:
         kwargs |= builder.features()
@@ -59,12 +60,19 @@ class _Defaults:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.generator = torch.Generator().manual_seed(0)
 
+    @property
+    def image_token(self) -> int | None:
+        """The token in whose place a model puts an image's features, where it has one."""
+        stated = (getattr(self.config, name, None) for name in ("image_token_id", "image_token_index"))
+        return next((token for token in stated if isinstance(token, int)), None)
+
     def ids(self, prefix: str, length: int, names: Mapping[str, Any]) -> dict[str, Any]:
         vocabulary = self._stated(f"{prefix}vocab_size", "text_config") or self._stated("vocab_size", "text_config")
         if vocabulary is None:
             tables = [m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)]
             vocabulary = max(tables, default=2)
         ids = torch.randint(0, vocabulary, (BATCH, length), generator=self.generator).to(self.device)
+        ids = ids.masked_fill(ids == self.image_token, 0) if self.image_token is not None else ids
         found: dict[str, Any] = {f"{prefix}input_ids": ids}
         if f"{prefix}attention_mask" in names:
             mask = torch.ones_like(ids)

@@ -9,16 +9,15 @@ from fractions import Fraction
 
 from torch import fx
 
-from fla_swap.patterns.adapters import match_linear
 from fla_swap.patterns.base import ABSENT, Found, Recogniser, Refused, Result
-from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, modules_of, op_name, shape
+from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, modules_of, shape
+from fla_swap.patterns.naming import name_stop
 from fla_swap.patterns.norm import NormFacts
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.rope import same_rotation
 from fla_swap.patterns.scores import split_factor
 from fla_swap.types import Rope, Temperature
 
-_REACH = 32
 CLAMP = _ops("clamp", "clamp_", "clip", "clip_", "hardtanh", "hardtanh_")
 
 
@@ -92,31 +91,10 @@ def walk_path(start: fx.Node, recognisers: Sequence[Recogniser], graph: Captured
                 node = result.next
             continue
         inputs = graph.open_inputs(node)
-        if node.target not in LAYOUT | CAST | DROPOUT:
-            if len(inputs) > 1 and not _of_one(inputs, graph):
-                reason = f"{op_name(node)} mixes {len(inputs)} tensors between the projection and the core"
-                return Refused(f"{reason} (a value residual?): a site has one projection there", node)
-            return Refused(f"{op_name(node)} between the projection and the core is not understood", node)
-        if len(inputs) != 1:
-            return Refused(f"{op_name(node)} of {len(inputs)} tensors between the projection and the core", node)
+        if node.target not in LAYOUT | CAST | DROPOUT or len(inputs) != 1:
+            return Refused(name_stop(node, graph), node)
         node = inputs[0]
     return path
-
-
-def _of_one(inputs: Sequence[fx.Node], graph: CapturedGraph) -> bool:
-    """Whether one of the inputs is computed from another, after its projection (x and the size of x)."""
-    for start in inputs:
-        seen: set[fx.Node] = set()
-        stack = [start]
-        while stack and len(seen) < _REACH:
-            node = stack.pop()
-            if node in seen or isinstance(match_linear(node, graph), Found):
-                continue
-            seen.add(node)
-            stack += graph.open_inputs(node)
-        if seen.intersection(i for i in inputs if i is not start):
-            return True
-    return False
 
 
 def _first(node: fx.Node, recognisers: Sequence[Recogniser], graph: CapturedGraph) -> Result:

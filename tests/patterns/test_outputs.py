@@ -288,3 +288,62 @@ def test_changed_probabilities_and_mixed_values_are_named(twist: str, slot: str,
     (miss,) = report.near_misses
     assert not report.sites and miss.slot == slot
     assert re.search(reason, miss.reason), miss.reason
+
+
+# What is stated, or named, where it stands
+
+
+class Named(nn.Module):
+    """Attention of 4 heads with one thing that is its own."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.sinks = nn.Parameter(torch.randn(4))
+        self.convolution = nn.Conv1d(32, 32, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (4, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        if self.kind == "a factor on the values":
+            v = v * 0.7
+        if self.kind == "keys convolved":
+            k = self.convolution(self.k(x).mT).mT.unflatten(-1, (4, 8)).transpose(1, 2)
+        if self.kind == "tokens parted":
+            q = torch.cat((q[:, :, :1], q[:, :, 1:] * 2.0), 2)
+        scores = q @ k.mT * 8**-0.5 + torch.full((x.shape[1],) * 2, float("-inf")).triu(1)
+        mixed = scores.softmax(-1) @ v
+        if self.kind == "sinks as a gate":
+            mixed = mixed * torch.sigmoid(scores.logsumexp(-1) - self.sinks[:, None])[..., None]
+        if self.kind == "sinks that are scaled":
+            mixed = mixed * torch.sigmoid(scores.logsumexp(-1) - 2 * self.sinks[:, None])[..., None]
+        if self.kind == "heads subtracted":
+            first, second = mixed.chunk(2, 1)
+            mixed = torch.cat((first - 0.3 * second, first), 1)
+        if self.kind == "less along the values":
+            unit = v / v.norm(dim=-1, keepdim=True)
+            mixed = mixed - (mixed * unit).sum(-1, keepdim=True) * unit
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", ["a factor on the values", "sinks as a gate"])
+def test_it_is_stated_and_proved(kind: str) -> None:
+    (site,) = inspect(nn.Sequential(nn.Linear(32, 32), Named(kind)), torch.randn(1, 7, 32)).sites
+    assert site.proved and site.mask.kind == "causal" and site.gate is None
+    assert site.v_scale == pytest.approx(0.7 if "factor" in kind else 1.0)
+    assert (site.sinks is not None and site.sinks.name.endswith("sinks")) == ("sinks" in kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("sinks that are scaled", "a gate on the heads' outputs that is not one projection"),
+        ("heads subtracted", "combines parts of the attention's output, as differential attention does"),
+        ("less along the values", "combines the attention's output with what is computed from it"),
+        ("keys convolved", "a convolution over 3 tokens stands before the core"),
+        ("tokens parted", "tokens are parted, pass through different steps and are joined again"),
+    ],
+)
+def test_it_is_named(kind: str, reason: str) -> None:
+    found = inspect(nn.Sequential(nn.Linear(32, 32), Named(kind)), torch.randn(1, 7, 32), strict=False)
+    assert not found.sites and reason in found.near_misses[0].reason, found.near_misses[0].reason
