@@ -77,7 +77,7 @@ def _random(graph: CapturedGraph) -> tuple[CapturedGraph, dict[str, Tensor], Ten
             if isinstance(value, torch.nn.Parameter) and value.is_floating_point():
                 value = random_weight(value.cpu(), generator)
             weights[graph.weights[name]] = values[name] = value
-        elif name.startswith("attention_mask") and isinstance(value, Tensor) and value.dim() == 2:
+        elif _shows_all_tokens(value, graph):
             padded = torch.ones_like(value)
             padded[1, : value.shape[1] // 3] = 0
             values[name], valid = padded, padded.bool()
@@ -86,3 +86,10 @@ def _random(graph: CapturedGraph) -> tuple[CapturedGraph, dict[str, Tensor], Ten
     object.__setattr__(twin, "known", {})
     object.__setattr__(twin, "_memo", {})
     return twin, weights, valid
+
+
+def _shows_all_tokens(value: Any, graph: CapturedGraph) -> bool:
+    """Whether an input is a padding mask [B, T] that hides nothing."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.shape != (graph.batch, graph.length):
+        return False
+    return bool((value == 1).all())

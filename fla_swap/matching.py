@@ -25,7 +25,7 @@ from fla_swap.patterns.output import Boundary, Output, OutwardsRefused, Places, 
 from fla_swap.patterns.parts import Part, Stop, agree
 from fla_swap.patterns.path import Path, paths_disagree, projected_elsewhere, walk_path
 from fla_swap.patterns.projection import Linear
-from fla_swap.patterns.region import Region, find_place, separate
+from fla_swap.patterns.region import Region, apart_by_factor, find_place, separate
 from fla_swap.patterns.rope import same_rotation
 from fla_swap.patterns.site_heads import join_projections, norm_of, number_heads
 from fla_swap.patterns.site_masks import read_masks
@@ -145,7 +145,7 @@ class _Attempt:
         self.done.append("mask")
         self._same_at_every_length(parts)
         if memory is not None:
-            self._check_cross(mask, q)
+            self._check_cross(mask, q, boundary)
         site = AttentionSite(
             fqn=boundary.owner,
             layer=layer,
@@ -242,7 +242,9 @@ class _Attempt:
             raise Stop("owner", reason, boundary.memory)
         return hidden[-1], memory[-1]
 
-    def _check_cross(self, mask: Mask, q: Path) -> None:
+    def _check_cross(self, mask: Mask, q: Path, boundary: Boundary) -> None:
+        if (factor := apart_by_factor(boundary, self.graph)) is not None:
+            raise Stop("owner", factor, self.node)
         if mask.kind != "bidirectional":
             raise Stop("mask", f"a cross-attention under a {mask.kind} mask", self.node)
         if q.rope is not None:

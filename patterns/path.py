@@ -15,7 +15,7 @@ from fla_swap.patterns.naming import name_stop
 from fla_swap.patterns.norm import NormFacts
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.rope import same_rotation
-from fla_swap.patterns.scores import split_factor
+from fla_swap.patterns.scores import learned_factor, split_factor
 from fla_swap.types import Rope, Temperature
 
 CLAMP = _ops("clamp", "clamp_", "clip", "clip_", "hardtanh", "hardtanh_")
@@ -32,6 +32,8 @@ class Factor:
         found = split_factor(node, graph)
         if found is None:
             return ABSENT
+        if (learned := learned_factor(node, graph)) is not None:
+            return learned
         return Found(facts={"scale": found[0]}, nodes=(node,), next=found[1])
 
 

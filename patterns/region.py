@@ -23,6 +23,7 @@ from fla_swap.patterns.output import (
     readers,
 )
 from fla_swap.patterns.projection import Linear
+from fla_swap.patterns.scores import split_factor
 from fla_swap.types import AttentionSite
 
 
@@ -123,6 +124,22 @@ def _in_series(boundary: Boundary, graph: CapturedGraph) -> fx.Node | None:
     for start, chain in ((boundary.hidden, hidden), (boundary.memory, memory)):
         if any(isinstance(match_linear(n, graph), Found) for n in chain if n not in shared) and shared:
             return start
+    return None
+
+
+def apart_by_factor(boundary: Boundary, graph: CapturedGraph) -> str | None:
+    """The reason when hidden states and memory are one tensor but for a constant factor: no cross-attention either."""
+    pairs = (
+        (boundary.hidden, boundary.memory, "q reads", "k and v"),
+        (boundary.memory, boundary.hidden, "k and v read", "q"),
+    )
+    for scaled, plain, who, others in pairs:
+        found = None if scaled is None else split_factor(graph.peel(scaled, CAST)[-1], graph)
+        if found is not None and plain in graph.peel(found[1], CAST):
+            return (
+                f"{who} the hidden states times {found[0]:.6g} before the projection, {others} without that factor: "
+                "a site has one input; put the factor into the projection's weight"
+            )
     return None
 
 

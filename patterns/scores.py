@@ -35,6 +35,13 @@ def split_factor(node: fx.Node, graph: CapturedGraph) -> tuple[float, fx.Node] |
     return None
 
 
+def learned_factor(node: fx.Node, graph: CapturedGraph) -> Refused | None:
+    """The refusal when the factor in x · c or x / c is a parameter, or made of one: a site states a number."""
+    closed = [a for a in node.args[:2] if isinstance(a, fx.Node) and not graph.is_open(a)]
+    names = [name for c in closed for name in graph.parameters_of(c)]
+    return Refused(f"a learned factor of the scores, made of the parameter {names[0]!r}", node) if names else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """A constant factor: scores · c, scores / c, or q · c on the way to the core."""
@@ -46,6 +53,8 @@ class Scale:
         found = split_factor(node, graph)
         if found is None:
             return ABSENT
+        if (learned := learned_factor(node, graph)) is not None:
+            return learned
         return Found(facts={"scale": found[0]}, nodes=(node,), next=found[1])
 
 

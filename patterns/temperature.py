@@ -76,12 +76,13 @@ def _sources(factor: fx.Node, graph: CapturedGraph) -> list[fx.Node]:
     counts = torch.arange(graph.length)
     found = []
     for node in cone:
-        given = node.op == "placeholder" and node.name.startswith(POSITIONS)
-        if (node.target in ARANGE or given) and graph.length in (shape(node) or ()):
+        given = node.op == "placeholder" and node.name not in graph.weights
+        if (node.target in ARANGE or given) and (shape(node) or ())[-1:] == (graph.length,):
             value = graph.evaluate(node)
-            if not bool((value.reshape(-1, graph.length) == counts).all()):
+            if bool((value.reshape(-1, graph.length) == counts).all()):
+                found.append(node)
+            elif not given or node.name.startswith(POSITIONS):
                 return []
-            found.append(node)
     return found
 
 
