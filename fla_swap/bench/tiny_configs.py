@@ -126,6 +126,13 @@ OWN: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "perceiver": {
+        "num_latents": 16,
+        "d_latents": 64,
+        "num_self_attends_per_block": 4,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+    },
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
     "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 127},
     "siglip_text_model": {"projection_size": 64},
