@@ -13,6 +13,7 @@ from fla_swap.errors import CaptureError, VerificationError
 from fla_swap.graph_proof import finish_in_graph
 from fla_swap.matching import MATCHED
 from fla_swap.model_inputs import Inputs, given_tokens, takes_cache
+from fla_swap.ownership import read_outside
 from fla_swap.patterns.region import Region
 from fla_swap.recording import CacheRecord, CallRecord, record_cache, record_calls
 from fla_swap.structure import ProveOnce
@@ -90,6 +91,9 @@ class Finisher:
         inputs: Inputs,
         verify: bool,
     ) -> AttentionSite | NearMiss:
+        outside = read_outside(site.fqn, self.captures.first, self.model) if self.captures.first is not None else None
+        if outside is not None:
+            return _miss(site, "owner", outside, MATCHED[: MATCHED.index("owner")])
         if record is None:
             return _miss(site, "call", "the module is in the graph but its forward was not called", MATCHED)
         entry = find_entry(site, record)
@@ -118,7 +122,20 @@ class Finisher:
                 f"{site.fqn}: the model runs {_implementation(self.model)!r}, whose output differs from its eager code "
                 f"by {proof.eager_error:.1e}: eager is the meaning; load the model with attn_implementation='eager'"
             )
-        return dataclasses.replace(site, proved=True, max_error=proof.error, dropout=max(site.dropout, proof.dropout))
+        if proof.call_reason is not None:
+            return _miss(site, "call", proof.call_reason, MATCHED)
+        for p, size in proof.lost_dropout:
+            self.notes.append(
+                f"{site.fqn}: {p:g} of a {list(size)} inside it is dropped in training mode, a mixer does not"
+            )
+        return dataclasses.replace(
+            site,
+            proved=True,
+            max_error=proof.error,
+            dropout=max(site.dropout, proof.dropout),
+            output_dropout=proof.output_dropout,
+            call=dataclasses.replace(site.call, own_mask=proof.own_mask),
+        )
 
     def _proof_length(self, sites: Sequence[AttentionSite]) -> int:
         heads = max(s.heads for s in sites)

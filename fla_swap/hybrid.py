@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fla_swap.arguments import HIDDEN, Signature, fetch, joined_masks, narrowed, read_mask
@@ -41,7 +42,7 @@ class SwappedAttention(nn.Module):
         self._original: tuple[nn.Module, ...] = (original,) if keep_original else ()
         self.use_original = False
         self._takes = Signature.of(original.forward)
-        self._seen = None if self.call.seen is None else frozenset(self._takes.name(p) for p in self.call.seen)
+        self.tensors_seen = None if self.call.seen is None else frozenset(self._takes.name(p) for p in self.call.seen)
         self.train(original.training)
 
     @property
@@ -73,7 +74,7 @@ class SwappedAttention(nn.Module):
         if self.use_original:
             return self._original[0](*args, **kwargs)
         call = self.call
-        self._takes.check(self.site.fqn, args, kwargs, self._seen)
+        self._takes.check(self.site.fqn, args, kwargs, self.tensors_seen)
         given = partial(fetch, args=args, kwargs=kwargs, names=self._takes.names)
         hidden = given(call.hidden)
         hidden = hidden.transpose(0, 1) if call.time_first else hidden
@@ -91,6 +92,7 @@ class SwappedAttention(nn.Module):
         else:
             mixed = self._with_state(hidden, mask, cache, packed, where)
         mixed = mixed.transpose(0, 1) if call.time_first else mixed
+        mixed = F.dropout(mixed, self.site.output_dropout, self.training)
         residual = given(call.residual)
         return self._pack(mixed if residual is None else residual + mixed)
 

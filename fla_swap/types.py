@@ -176,6 +176,7 @@ class AttentionSite:
     Between projection and norm q, k and v are clamped to ±`clip`. `v_norm` acts on the value heads, `v_scale`
     multiplies them after it; `o_norm` acts on the heads' outputs, before `gate` multiplies them. `output_size`: the
     rows of o_proj where they are not `hidden_size`.
+    `output_dropout`: what is dropped of the output (before a residual is added) in training mode.
     """
 
     fqn: str
@@ -211,6 +212,7 @@ class AttentionSite:
     gate: Gate | None = None
     output_size: int | None = None
     v_scale: float = 1.0
+    output_dropout: float = 0.0
     source: str = ""
     proved: bool = False
     max_error: float | None = None

@@ -7,7 +7,7 @@ hide errors, on random hidden states with a padded row and a length past every w
 from __future__ import annotations
 
 import copy
-import inspect
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from fla_swap.arguments import get_argument, leaves, set_argument
 from fla_swap.errors import FlaSwapError, VerificationError
+from fla_swap.hybrid import SwappedAttention
 from fla_swap.mixers.softmax import Softmax
 from fla_swap.noise import random_tokens, random_weight
+from fla_swap.train_mode import TrainMode, train_mode
 from fla_swap.types import ArgPath, AttentionSite
 
 TOLERANCE = 1e-4
@@ -42,11 +42,17 @@ class Call:
 @dataclass(frozen=True, kw_only=True)
 class Proof:
     """`error`: largest relative difference on the valid positions. `dropout`: what training mode drops of the
-    probabilities. `eager_error`: how far the owner's own eager code is from what it runs (None: not tried)."""
+    probabilities. `eager_error`: how far the owner's own eager code is from what it runs (None: not tried).
+    `output_dropout`: what it drops of the attention's output. `lost_dropout`: probability and shape of what it drops
+    elsewhere. `own_mask`: as in `CallContract`. `call_reason`: why a swapped layer cannot be called as the owner is."""
 
     error: float
     dropout: float = 0.0
     eager_error: float | None = None
+    output_dropout: float = 0.0
+    lost_dropout: tuple[tuple[float, tuple[int, ...]], ...] = ()
+    own_mask: bool = False
+    call_reason: str | None = None
 
 
 def prove(site: AttentionSite, owner: nn.Module, call: Call) -> Proof:
@@ -80,9 +86,12 @@ def _prove(site: AttentionSite, owner: nn.Module, call: Call, size: float) -> Pr
         if site.call.residual != site.call.hidden:
             residual = hidden.flip(0)
             args, kwargs = set_argument(site.call.residual, residual, args, kwargs)
+        residual = _batch_first(site, residual)
     weights = {f"{site.fqn}.{n}" if site.fqn else n: t for n, t in twin.state_dict().items()}
+    buffers = _buffer_versions(twin)
     with torch.no_grad():
         wanted = returned = _output(site, twin(*args, **kwargs))
+        _check_buffers(site, twin, buffers)
         if size == 1.0 and not bool(wanted[call.valid].isfinite().all()):
             raise _NotFinite
         if residual is not None:
@@ -100,9 +109,18 @@ def _prove(site: AttentionSite, owner: nn.Module, call: Call, size: float) -> Pr
             f"{site.fqn}: the rebuilt attention differs from the module's own output by {error:.2e} (relative, fp32; "
             f"at most {TOLERANCE:.0e} is accepted): {site.source or 'it'} computes something that the site does not say"
         )
-    keys = call.valid if call.memory_valid is None else call.memory_valid
-    dropout = _dropout(twin, args, kwargs, (call.valid.shape[1], keys.shape[1]))
-    return Proof(error=error, dropout=dropout, eager_error=_eager(site, twin, args, kwargs, returned, call.valid))
+    trained = _train_mode(site, twin, args, kwargs, returned, residual, call)
+    with torch.no_grad():
+        called = _prove_call(site, twin, mixer, args, kwargs, returned, call)
+    return Proof(
+        error=error,
+        dropout=trained.probabilities,
+        output_dropout=trained.output,
+        lost_dropout=trained.others,
+        own_mask=called.own_mask,
+        call_reason=called.reason,
+        eager_error=_eager(site, twin, args, kwargs, returned, call.valid),
+    )
 
 
 def _random_stream(
@@ -172,41 +190,107 @@ def _as_fp32(value: Any) -> Any:
     return value
 
 
-class _DropoutProbe(TorchFunctionMode):
-    """Notes the dropout applied to attention probabilities, and drops nothing."""
+def _train_mode(
+    site: AttentionSite,
+    twin: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    returned: Tensor,
+    residual: Tensor | None,
+    call: Call,
+) -> TrainMode:
+    """What training mode drops; raises VerificationError when it does anything else that a site cannot state."""
+    keys = call.valid if call.memory_valid is None else call.memory_valid
+    lengths = (call.valid.shape[1], keys.shape[1])
+    found = train_mode(twin, lambda: _output(site, twin(*args, **kwargs)), residual, lengths)
+    difference = _difference(found.returned, returned, call.valid)
+    if not difference <= TOLERANCE:
+        raise VerificationError(
+            f"{site.fqn}: it computes something else in training mode, also with nothing dropped: its output differs "
+            f"by {difference:.2e} from that in eval mode"
+        )
+    if found.scores:
+        raise VerificationError(
+            f"{site.fqn}: {found.scores:g} of the scores are dropped before the softmax in training mode, which a site "
+            "cannot state"
+        )
+    return found
 
-    def __init__(self, lengths: tuple[int, int]):
-        super().__init__()
-        self.lengths, self.found = lengths, 0.0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            bound = list(args)
-            if len(bound) > 4:
-                self.found, bound[4] = max(self.found, float(bound[4])), 0.0
-            self.found = max(self.found, float(kwargs.pop("dropout_p", 0.0)))
-            return func(*bound, **kwargs)
-        if func is F.multi_head_attention_forward:
-            given = inspect.signature(func).bind(*args, **kwargs).arguments
-            self.found = max(self.found, float(given["dropout_p"]))
-            return func(*args, **kwargs)
-        if func in (F.dropout, torch.dropout):
-            bound_args = inspect.signature(F.dropout).bind_partial(*args, **kwargs).arguments
-            x = bound_args["input"]
-            if x.dim() >= 3 and x.shape[-2:] == self.lengths:
-                self.found = max(self.found, float(bound_args.get("p", 0.5)))
-            return x
-        return func(*args, **kwargs)
+def _buffer_versions(twin: nn.Module) -> dict[str, tuple[Tensor, int, Tensor]]:
+    return {n: (b, b._version, b.clone()) for n, b in twin.named_buffers() if not isinstance(b, FakeTensor)}
 
 
-def _dropout(twin: nn.Module, args: tuple, kwargs: dict, lengths: tuple[int, int]) -> float:
-    twin.train()
-    probe = _DropoutProbe(lengths)
-    with torch.no_grad(), probe:
-        twin(*args, **kwargs)
-    twin.eval()
-    return probe.found
+def _check_buffers(site: AttentionSite, twin: nn.Module, before: Mapping[str, tuple[Tensor, int, Tensor]]) -> None:
+    """Buffers that a forward pass makes longer are tables; other values in a buffer are a memory of the calls."""
+    for name, now in twin.named_buffers():
+        if name not in before:
+            continue
+        tensor, version, value = before[name]
+        if (now is tensor and now._version == version) or now.shape != value.shape or torch.equal(now, value):
+            continue
+        raise VerificationError(
+            f"{site.fqn}: its forward writes its buffer {name!r}, which a mixer in its place would not do"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CallProof:
+    """Whether the owner makes the site's mask itself; why a swapped layer does not honour the call, or None."""
+
+    own_mask: bool
+    reason: str | None
+
+
+def _prove_call(
+    site: AttentionSite, twin: nn.Module, mixer: Softmax, args: tuple, kwargs: dict, returned: Tensor, call: Call
+) -> _CallProof:
+    """Call a swapped layer as the owner was called: it must return what that returned."""
+    if site.kind == "cross":
+        return _CallProof(own_mask=site.call.own_mask, reason=None)
+    own = site.call.own_mask or _hides_itself(site, twin, args, kwargs, returned, call)
+    reason = _called(site, own, twin, mixer, args, kwargs, returned, call)
+    if reason is not None and not own and _called(site, True, twin, mixer, args, kwargs, returned, call) is None:
+        own, reason = True, None
+    return _CallProof(own_mask=own, reason=reason)
+
+
+def _called(
+    site: AttentionSite,
+    own: bool,
+    twin: nn.Module,
+    mixer: Softmax,
+    args: tuple,
+    kwargs: dict,
+    returned: Tensor,
+    call: Call,
+) -> str | None:
+    site = dataclasses.replace(site, call=dataclasses.replace(site.call, own_mask=own))
+    layer = SwappedAttention(site, mixer, twin, keep_original=False).eval()
+    try:
+        difference = _difference(_output(site, layer(*args, **kwargs)), returned, call.valid)
+    except (FlaSwapError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        return f"a swapped layer cannot be called as the module is: {type(error).__name__}: {error}"
+    if difference <= TOLERANCE:
+        return None
+    return (
+        f"a swapped layer, called as the module is, returns something else (by {difference:.2e}): one of the arguments "
+        f"{sorted(layer.tensors_seen)} means something that is not understood"
+    )
+
+
+def _hides_itself(
+    site: AttentionSite, twin: nn.Module, args: tuple, kwargs: dict, returned: Tensor, call: Call
+) -> bool:
+    """Whether the owner hides what the site's mask hides also where its mask argument hides nothing."""
+    path, rows = site.call.mask, call.valid.all(1)
+    mask = None if path is None else get_argument(path, args, kwargs)
+    if path is None or not isinstance(mask, Tensor) or mask.dim() != 4 or site.mask.kind == "bidirectional":
+        return False
+    nothing = torch.zeros_like(mask) if mask.is_floating_point() or site.call.hides else torch.ones_like(mask)
+    args, kwargs = set_argument(path, nothing, args, kwargs)
+    seen = _output(site, twin(*args, **kwargs))
+    return bool(rows.any()) and _difference(seen[rows], returned[rows], call.valid[rows]) <= TOLERANCE
 
 
 def _eager(

@@ -16,6 +16,8 @@ LEAVES = ("kernels", "patterns")
 STAGES = (
     "capture",
     "recording",
+    "ownership",
+    "train_mode",
     "contract",
     "matching",
     "captures",
@@ -39,8 +41,18 @@ STAGES = (
 COMPOSERS = {
     "contract": {"recording"},
     "graph_proof": {"verification"},
+    "verification": {"train_mode"},
     "captures": {"capture", "matching", "parts", "verification"},
-    "finishing": {"captures", "contract", "graph_proof", "matching", "recording", "structure", "verification"},
+    "finishing": {
+        "captures",
+        "contract",
+        "graph_proof",
+        "matching",
+        "ownership",
+        "recording",
+        "structure",
+        "verification",
+    },
     "distillation": {"swapping"},
     "parts": {"recording", "model_inputs"},
     "module_checkpoint": {"planning", "swapping", "folders"},
