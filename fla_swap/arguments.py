@@ -211,11 +211,24 @@ def read_mask(mask: Any, hidden: Tensor, seen: Any) -> tuple[Tensor | None, Tens
     return valid.expand(batch, tokens), starts.expand(batch, tokens)
 
 
+def _is_small(buffer: Tensor) -> bool:
+    return buffer.numel() <= 2**24 and not buffer.is_inference()
+
+
+@contextlib.contextmanager
+def random_numbers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the random number generators of the CPU and of the model's GPUs back to where they were."""
+    gpus = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(g for g in gpus if g is not None)):
+        yield
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
     """Eval mode without gradients, and `config.use_cache` set where there is one; all of it is put back afterwards.
 
-    So are attributes and buffers that a forward pass sets (rotary frequencies that follow the length). PyTorch's own
+    So are attributes and buffers that a forward pass sets or writes (rotary frequencies that follow the length; of
+    buffers with more than 2²⁴ entries only which they are), and the state of the random numbers. PyTorch's own
     attention modules take their spelled-out path meanwhile, not the fused one that hides what they do.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -223,14 +236,19 @@ def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
     config = config_of(model)
     before = getattr(config, "use_cache", None)
     states = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    values = [(b, b._version, b.clone()) for b in model.buffers() if _is_small(b)]
     model.eval()
     try:
         if before is not None:
             config.use_cache = use_cache  # type: ignore[union-attr]
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with torch.no_grad(), random_numbers_kept(model):
             yield
     finally:
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
         torch.backends.mha.set_fastpath_enabled(fused)
         if before is not None:
             config.use_cache = before  # type: ignore[union-attr]

@@ -125,9 +125,8 @@ class Finisher:
         if proof.call_reason is not None:
             return _miss(site, "call", proof.call_reason, MATCHED)
         for p, size in proof.lost_dropout:
-            self.notes.append(
-                f"{site.fqn}: {p:g} of a {list(size)} inside it is dropped in training mode, a mixer does not"
-            )
+            where = f"{p:g} of a tensor {list(size)} inside it"
+            self.notes.append(f"{site.fqn}: training mode drops {where}, which a mixer in its place does not do")
         return dataclasses.replace(
             site,
             proved=True,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from fla_swap.arguments import random_numbers_kept
 from fla_swap.captures import TwoCaptures
 from fla_swap.crosscheck import check_config, unseen_layers
 from fla_swap.errors import ConfigError, NoAttentionFound, VerificationError
@@ -58,7 +59,7 @@ def inspect(
     model, parts, known = _given(model), _outermost(within), []
     if model is not given:
         known.append("the model is compiled: the module inside was inspected, and names are counted from it")
-    with exportable(model) as stand_ins:
+    with random_numbers_kept(model), exportable(model) as stand_ins:
         proofs = ProveOnce() if stand_ins.weights else None
         inspections = [_Inspection(model, example_inputs, patterns, proofs, part) for part in parts]
         stated = [_prove(model, site, example_inputs, proofs) for site in sites]

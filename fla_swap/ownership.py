@@ -19,10 +19,8 @@ def read_outside(owner: str, graph: CapturedGraph, model: nn.Module) -> str | No
         for user in _users(node):
             around = modules_of(user)
             if owner not in around and not _holds(model, around[-1], _tensor(model, name)):
-                return (
-                    f"{source_of(user) or around[-1] or 'the model'} reads {name} outside {owner}: it would find no such "
-                    "weight in a mixer in its place"
-                )
+                where = source_of(user) or around[-1] or "the model"
+                return f"{where} reads {name} outside {owner}: a mixer in its place would have no such weight"
     return None
 
 

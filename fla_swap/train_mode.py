@@ -1,4 +1,4 @@
-"""What an owner does differently in training mode: dropout, by what it drops, and nothing else that a site could carry."""
+"""What an owner does differently in training mode: dropout, told apart by what it drops."""
 
 from __future__ import annotations
 

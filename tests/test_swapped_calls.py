@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fla_swap as fs
 from fla_swap.errors import SwapError
@@ -138,3 +139,126 @@ def test_what_the_owner_hides_itself_stays_hidden_under_a_mask_over_pairs(shape:
     pairs = torch.ones(20, 20, dtype=torch.bool) if shape == "all" else block[:, None] == block
     pairs = pairs.expand(2, 1, 20, 20)
     assert apart(model(ids(), pairs), after(ids(), pairs)) < 1e-5
+
+
+def only_miss(model: nn.Module, *example: Any) -> fs.NearMiss:
+    report = fs.inspect(model.eval(), *example, strict=False)
+    assert not report.sites and len(report.near_misses) == 1, report
+    return report.near_misses[0]
+
+
+class ScoreDropout(Owner):
+    def scores(self, x: Tensor) -> Tensor:
+        return F.dropout(super().scores(x), 0.3, self.training)
+
+
+class OutputDropout(Owner):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.dropout(super().forward(x, mask), 0.5, self.training)
+
+
+class ResidualDropout(Owner):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + F.dropout(super().forward(x, mask), 0.5, self.training)
+
+
+class HeadsDropout(Owner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.o = nn.Sequential(nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH))
+
+
+class TrainingWindow(Owner):
+    def seen(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        seen = super().seen(x, mask)
+        return seen.triu(-3) if self.training else seen
+
+
+def test_dropout_of_the_scores_is_refused() -> None:
+    assert "0.3 of the scores are dropped before the softmax" in only_miss(Holder(ScoreDropout()), (ids(),)).reason
+
+
+def test_other_code_in_training_mode_is_refused() -> None:
+    assert "something else in training mode" in only_miss(Holder(TrainingWindow()), (ids(),)).reason
+
+
+@pytest.mark.parametrize("owner", [OutputDropout, ResidualDropout])
+def test_dropout_of_the_output_is_carried_over(owner: type[Owner]) -> None:
+    torch.manual_seed(0)
+    model = Holder(owner()).eval()
+    report = fs.inspect(model, (ids(),))
+    assert report.sites[0].output_dropout == 0.5 and report.sites[0].dropout == 0.0 and not report.notes
+    layer = fs.swap_(copy.deepcopy(model), fs.plan(report, mixer="softmax", keep=0)).a
+    x = torch.randn(2, 20, WIDTH)
+    assert apart(model.a(x), layer(x)) < 1e-5
+    for module in (model.a.train(), layer.train()):
+        torch.manual_seed(1)
+        mixed = module(x) - (x if owner is ResidualDropout else 0)
+        dropped = mixed.abs() < 1e-6
+        assert 0.4 < float(dropped.float().mean()) < 0.6
+    torch.manual_seed(1)
+    before = model.a(x)
+    torch.manual_seed(1)
+    assert apart(before, layer(x)) < 1e-5
+
+
+def test_dropout_elsewhere_is_said_in_the_report() -> None:
+    report = fs.inspect(Holder(HeadsDropout()).eval(), (ids(),))
+    assert any("a: training mode drops 0.3 of a tensor" in note for note in report.notes)
+
+
+def test_gpt2_keeps_the_dropout_of_its_residual_stream() -> None:
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=99, resid_pdrop=0.2, attn_pdrop=0.1)
+    (site,) = fs.inspect(transformers.GPT2LMHeadModel(config)).sites
+    assert (site.output_dropout, site.dropout) == (pytest.approx(0.2), pytest.approx(0.1))
+
+
+class Outside(Holder):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.e(ids)
+        return self.f(F.linear(x + self.a(x), self.a.v.weight))
+
+
+class Tied(Holder):
+    def __init__(self, owner: Owner) -> None:
+        super().__init__(owner)
+        self.g = nn.Linear(WIDTH, WIDTH)
+        self.g.weight = owner.v.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.e(ids)
+        return self.f(self.g(x + self.a(x)))
+
+
+def test_a_weight_that_is_read_outside_its_module_is_a_reason_to_refuse() -> None:
+    miss = only_miss(Outside(Owner()), (ids(),))
+    assert miss.slot == "owner" and "reads a.v.weight outside a" in miss.reason and "test_swapped_calls" in miss.reason
+
+
+@torch.no_grad()
+def test_a_weight_that_another_module_holds_too_stays_there() -> None:
+    model = Tied(Owner())
+    assert apart(model(ids()), swapped(model, (ids(),))(ids())) < 1e-5
+
+
+class Counting(Owner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(x, mask)
+
+
+def test_an_owner_that_writes_a_buffer_is_refused_and_the_buffer_is_as_before() -> None:
+    model = Holder(Counting())
+    assert "writes its buffer 'calls'" in only_miss(model, (ids(),)).reason
+    assert float(model.a.calls) == 0.0
+
+
+def test_inspect_leaves_the_random_numbers_as_they_were() -> None:
+    model = Holder(OutputDropout())
+    before = torch.get_rng_state()
+    fs.inspect(model, (ids(),))
+    assert torch.equal(before, torch.get_rng_state())
