@@ -42,7 +42,9 @@ class SwappedAttention(nn.Module):
         self._original: tuple[nn.Module, ...] = (original,) if keep_original else ()
         self.use_original = False
         self._takes = Signature.of(original.forward)
-        self.tensors_seen = None if self.call.seen is None else frozenset(self._takes.name(p) for p in self.call.seen)
+        self.tensors_seen: frozenset[str] | None = (
+            None if self.call.seen is None else frozenset(self._takes.name(p) for p in self.call.seen)
+        )
         self.train(original.training)
 
     @property

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fla_swap.arguments import get_argument, leaves, set_argument
 from fla_swap.errors import FlaSwapError, VerificationError
 from fla_swap.hybrid import SwappedAttention
+from fla_swap.mixers import TokenMixer
 from fla_swap.mixers.softmax import Softmax
 from fla_swap.noise import random_tokens, random_weight
 from fla_swap.train_mode import TrainMode, train_mode
@@ -243,7 +244,7 @@ class _CallProof:
 
 
 def _prove_call(
-    site: AttentionSite, twin: nn.Module, mixer: Softmax, args: tuple, kwargs: dict, returned: Tensor, call: Call
+    site: AttentionSite, twin: nn.Module, mixer: TokenMixer, args: tuple, kwargs: dict, returned: Tensor, call: Call
 ) -> _CallProof:
     """Call a swapped layer as the owner was called: it must return what that returned."""
     if site.kind == "cross":
@@ -259,7 +260,7 @@ def _called(
     site: AttentionSite,
     own: bool,
     twin: nn.Module,
-    mixer: Softmax,
+    mixer: TokenMixer,
     args: tuple,
     kwargs: dict,
     returned: Tensor,
@@ -275,7 +276,7 @@ def _called(
         return None
     return (
         f"a swapped layer, called as the module is, returns something else (by {difference:.2e}): one of the arguments "
-        f"{sorted(layer.tensors_seen)} means something that is not understood"
+        f"{sorted(layer.tensors_seen or ())} means something that is not understood"
     )
 
 
