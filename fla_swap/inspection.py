@@ -101,7 +101,7 @@ def prove(model: nn.Module, site: AttentionSite, example_inputs: Example | None 
     """
     check_example(example_inputs)
     model = _given(model)
-    with exportable(model):
+    with random_numbers_kept(model), exportable(model):
         return _prove(model, site, example_inputs, None)
 
 
