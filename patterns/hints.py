@@ -38,7 +38,7 @@ _FILL = _ops(
 _MADE = _ops("full", "full_like", "scalar_tensor")
 _QUOTIENT = _ops("div", "div_", "floor_divide", "remainder", "fmod", "mul", "mul_")
 _SHIFT = _ops("__rshift__", "__lshift__", "bitwise_right_shift", "bitwise_left_shift")
-_CURVE = _ops("sqrt", "sqrt_", "pow", "pow_", "square")
+_ROOT, _POWER = _ops("sqrt", "sqrt_"), _ops("pow", "pow_", "square", "square_")
 _KEPT = CAST | LAYOUT | _ops("triu", "triu_", "tril", "tril_")
 _HIDES = 1e4
 
@@ -85,20 +85,21 @@ def thresholds(nodes: Iterable[fx.Node], graph: CapturedGraph, above: int) -> se
     """
     found: set[float] = set()
     steps: set[float] = set()
-    curved = False
     members = list(nodes)
     inside = set(members)
     for node in members:
         numbers = _numbers(node, inside, graph)
         found |= numbers
-        curved = curved or node.target in _CURVE
         if node.target in _QUOTIENT:
             steps |= {n if n >= 1 else 1 / n for n in numbers if n}
         if node.target in _SHIFT:
             steps |= {2.0**n for n in numbers if n < 31}
     found |= steps | {a * b for a, b in itertools.product(steps, found)}
-    if curved:
-        found |= {n * n for n in found if n < 2**16} | {math.sqrt(n) for n in found}
+    targets = {node.target for node in members}
+    if targets & _POWER:
+        found |= {math.sqrt(n) for n in found}
+    if targets & _ROOT:
+        found |= {n * n for n in found if n < 2**16}
     return {math.ceil(n) for n in found if above < n < _LARGEST}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from fla_swap.reporting.facts import facts_of
+from fla_swap.reporting.facts import checked_text, facts_of
 from fla_swap.reporting.source import source_lines
 from fla_swap.types import AttentionReport, AttentionSite, NearMiss
 
@@ -62,7 +62,8 @@ def explain(report: AttentionReport, name: str) -> str:
     notes = [n for n in report.notes if n.split(":")[0] in fqns]
     parts = [_site(s) for s in sites] + [_miss(m) for m in misses]
     parts += [f"{line}: a softmax that belongs to no attention" for line in loose]
-    return "\n\n".join([*parts, *(f"note: {note}" for note in notes)])
+    checked = [checked_text(report)] if sites and report.checked_length else []
+    return "\n\n".join([*parts, *(f"note: {note}" for note in notes), *checked])
 
 
 def _within(fqn: str, name: str) -> bool:

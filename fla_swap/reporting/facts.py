@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fla_swap.types import ArgPath, AttentionSite, CallContract, Gate, Mask, Norm, Projection, Rope, WeightRef
+from fla_swap.types import (
+    ArgPath,
+    AttentionReport,
+    AttentionSite,
+    CallContract,
+    Gate,
+    Mask,
+    Norm,
+    Projection,
+    Rope,
+    WeightRef,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,3 +246,10 @@ def _proof(site: AttentionSite) -> Fact:
     text = f"differs from the model's own code by {site.max_error or 0.0:.1e} (relative, fp32)"
     origin = "attention rebuilt from these facts alone, on random weights and hidden states"
     return Fact(name="proof", text=text, short=proof_text(site), origin=origin)
+
+
+def checked_text(report: AttentionReport) -> str:
+    """Up to where what depends on the position was looked at; "" where that was not recorded."""
+    if report.checked_length is None:
+        return ""
+    return f"masks, positions and scales were compared up to {report.checked_length} tokens"

@@ -7,7 +7,7 @@ from html import escape
 
 from fla_swap.reporting.drawing import KINDS, Bar, draw, legend
 from fla_swap.reporting.explanation import advice_of
-from fla_swap.reporting.facts import extras_of, facts_of, heads_text, mask_text, proof_text, rope_text
+from fla_swap.reporting.facts import checked_text, extras_of, facts_of, heads_text, mask_text, proof_text, rope_text
 from fla_swap.reporting.source import source_lines
 from fla_swap.types import AttentionReport, AttentionSite, NearMiss, SwapPlan
 
@@ -55,7 +55,7 @@ def report_html(report: AttentionReport, plan: SwapPlan | None = None) -> str:
     if report.sites:
         parts += ["<h2>Sites</h2>", *(_site(s) for s in report.sites)]
     parts += _list("Softmaxes that belong to no attention", report.unclaimed)
-    parts += _list("Notes", report.notes)
+    parts += _list("Notes", [*report.notes, *filter(None, [checked_text(report)])])
     return "\n".join([*parts, "</body></html>", ""])
 
 

@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from fla_swap.reporting.facts import dims_text, extras_of, heads_text, mask_text, proof_text, rope_text
+from fla_swap.reporting.facts import checked_text, dims_text, extras_of, heads_text, mask_text, proof_text, rope_text
 from fla_swap.types import AttentionReport
 
 LEAST_WIDTH = 100
@@ -22,6 +22,8 @@ def report_table(report: AttentionReport) -> Group:
         parts.append(_misses(report))
     parts += [escape(f"belongs to no site: {line}") for line in report.unclaimed]
     parts += [escape(f"note: {line}") for line in report.notes]
+    if report.sites and (checked := checked_text(report)):
+        parts.append(escape(checked))
     return Group(*parts)
 
 

@@ -22,16 +22,18 @@ from fla_swap.types import Mask
 
 TOLERANCE = 1e-4
 _LONGEST = 16384
+_FAR, _WHOLE_RANGE = 1024, 4096
 PROVABLE = 2**24
 _CLOSURE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Match:
-    """A core in the first twin, and what will compute it."""
+    """A core in the first twin, what will compute it, and the longest length at which that was checked."""
 
     core: Core
     spec: Replacement
+    checked: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +90,14 @@ class _Search:
             raise CoreRefused("it is one fused call without a mask already", anchor)
         visible = core.visible(self.evaluator)
         spec = choose(core, visible)
+        checked = core.length
         if self.long is not None:
-            spec = self._at_both_lengths(core, visible.mask)
+            spec, checked = self._at_both_lengths(core, visible.mask)
         self._prove(core, spec)
-        return _Match(core=core, spec=spec)
+        return _Match(core=core, spec=spec, checked=checked)
 
     def _long(self) -> Twin:
-        """The graph at a length beyond every constant of the masks."""
+        """The graph beyond a thousand tokens and every constant of the masks, or at the longest that it takes."""
         lengths, hints = set(), {0}
         for anchor in self.anchors:
             try:
@@ -106,11 +109,12 @@ class _Search:
         sizes = {}
         for symbol, short in self.sizes.items():
             low, high = bounds(self.traced, symbol)
-            sizes[symbol] = min(high, max(2 * short, *hints) + 3) if symbol in lengths else max(low, 2)
+            far = high if high <= _WHOLE_RANGE else min(high, max(2 * short, _FAR, *hints) + 3)
+            sizes[symbol] = far if symbol in lengths else max(low, 2)
         return symbolic_twin(self.traced, sizes)
 
-    def _at_both_lengths(self, short: Core, seen: Mask) -> Replacement:
-        """What explains the short and the long graph."""
+    def _at_both_lengths(self, short: Core, seen: Mask) -> tuple[Replacement, int]:
+        """What explains the short and the long graph, and the length of the long one."""
         assert self.long is not None and self.long_evaluator is not None
         back = {original: copy for copy, original in self.long.original.items()}
         anchor = back[self.twin.original[short.anchor]]
@@ -128,7 +132,7 @@ class _Search:
         rows = [expected_rows(m, short.length, 0, short.length) for m in (seen, visible.mask)]
         if not torch.equal(*rows):
             raise CoreRefused("the mask is of another kind at another length", short.anchor)
-        return choose(core, visible)
+        return choose(core, visible), core.length
 
     def _prove(self, core: Core, spec: Replacement) -> None:
         """Region and replacement on random values, where the sizes allow it (always where sizes are symbols)."""
@@ -187,6 +191,7 @@ def _replace(graph: fx.Graph, match: _Match, twin: Twin, anchor: fx.Node) -> Rew
         replacement=spec.name if spec.name == SDPA else "fla_swap::window_attention_fwd",
         facts=spec.facts() | heads | _sinks(core, twin),
         source=source,
+        checked_length=match.checked,
     )
 
 

@@ -7,7 +7,6 @@ batch and heads).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch import Tensor, fx
 
 from fla_swap.arguments import HIDDEN
 from fla_swap.patterns.graph import CapturedGraph, shape
+from fla_swap.patterns.hints import cone, thresholds
 from fla_swap.patterns.rows import RowEvaluator
 from fla_swap.types import Mask
 
@@ -71,22 +71,8 @@ def plain(node: fx.Node) -> fx.Node:
 
 
 def constants(terms: Sequence[Term], graph: CapturedGraph, above: int) -> set[int]:
-    """Whole numbers above `above` behind the terms: windows and chunks are among them."""
-    seen: set[fx.Node] = set()
-    stack, found = [t.node for t in terms], set()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        value = graph.values.get(node.name) if node.op == "placeholder" else None
-        if node.op == "get_attr":
-            value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.numel() == 1 and type(value) is Tensor:
-            found.add(float(value))
-        found.update(float(a) for a in (*node.args, *node.kwargs.values()) if isinstance(a, int | float))
-        stack.extend(node.all_input_nodes)
-    return {int(abs(n)) for n in found if math.isfinite(n) and n == int(n) and above < abs(n) < 2**31}
+    """Whole numbers above `above` at which the terms may change: windows and chunks are among them."""
+    return thresholds(cone((t.node for t in terms), graph), graph, above)
 
 
 class _Reader:

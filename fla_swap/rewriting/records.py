@@ -15,7 +15,8 @@ class RewriteRecord:
 
     `anchor`: the softmax or fused call; `module`: the deepest module around it. `nodes`: the graph nodes that were
     erased, by name (a mask shared by several cores stands with the first). `replacement`: what computes the same
-    function now, `facts`: what was read from the graph to say so.
+    function now, `facts`: what was read from the graph to say so. `checked_length`: the longest length, or the only
+    one, at which the mask was compared.
     """
 
     anchor: str
@@ -24,6 +25,7 @@ class RewriteRecord:
     replacement: str
     facts: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    checked_length: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
