@@ -89,3 +89,38 @@ def test_window_attention_equals_masked_softmax():
     seen = (i[:, None] >= i) & (i[:, None] - i < 100)
     wanted = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)), attn_mask=seen)
     assert error(window_attention(q, k, v, window=100)[0], wanted.transpose(1, 2)) < 1e-5
+
+
+@pytest.mark.parametrize("options", ["plain", "softcap", "sinks", "alibi", "padding", "everything"])
+@pytest.mark.parametrize("window", [1, 300, None], ids=str)
+@pytest.mark.parametrize("width", [60, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_window_attention_of_every_tile(dtype, width, window, options):
+    """Outputs and gradients against float64: tiles inside the band, its edges, grouped heads, an odd length."""
+    generator = torch.Generator("cuda").manual_seed(width)
+    kwargs = {"device": "cuda", "generator": generator}
+    q, k, v = (torch.randn(2, 777, heads, width, **kwargs).to(dtype) for heads in (4, 2, 2))
+    chosen = {"softcap", "sinks", "alibi", "padding"} if options == "everything" else {options}
+    extra = {}
+    if "softcap" in chosen:
+        extra["softcap"] = 5.0
+    if "sinks" in chosen:
+        extra["sinks"] = torch.randn(4, **kwargs)
+    if "alibi" in chosen:
+        extra["alibi"] = torch.tensor([0.5, 0.25, 0.125, 0.01], device="cuda")
+    valid = torch.ones(2, 777, dtype=torch.bool, device="cuda")
+    valid[1, :99] = False
+    padded = {"valid": valid} if "padding" in chosen else {}
+
+    def run(cast, **more):
+        tensors = {"q": q, "k": k, "v": v} | extra
+        leaves = {n: x.to(cast).detach().requires_grad_() if torch.is_tensor(x) else x for n, x in tensors.items()}
+        o = window_attention(**leaves, window=window, **padded, **more)[0]
+        wanted = [x for x in leaves.values() if torch.is_tensor(x)]
+        return [o.detach(), *torch.autograd.grad((o.float() if cast == torch.bfloat16 else o).square().sum(), wanted)]
+
+    limits = (5e-3, 1.6e-2) if dtype == torch.bfloat16 else (1e-5, 1e-4)
+    exact = run(torch.float64, implementation="torch")
+    for number, (got, right) in enumerate(zip(run(dtype), exact, strict=True)):
+        assert torch.isfinite(got).all()
+        assert error(got, right) < limits[number > 0] or float((got.double() - right).abs().max()) < 1e-5
