@@ -211,6 +211,10 @@ def _on_scores(site: AttentionSite) -> list[Fact]:
 
 def _after(site: AttentionSite) -> list[Fact]:
     facts = []
+    if site.output_dropout:
+        short = f"output dropout {site.output_dropout:g}"
+        text = f"{site.output_dropout:g} of the output while training"
+        facts.append(Fact(name="output dropout", text=text, short=short, origin="a call in training mode"))
     if site.o_norm is not None:
         facts.append(_norm("output norm", site.o_norm, f"output {site.o_norm.kind} norm"))
     if site.gate is not None:
@@ -231,6 +235,8 @@ def _call(call: CallContract) -> Fact:
     number = "" if call.cache_index is None else f"; cache layer {call.cache_index}"
     more = ["time first"] if call.time_first else []
     more += ["masks are true where a key is hidden"] if call.hides else []
+    more += ["the owner hides what the mask hides, whatever it is passed"] if call.own_mask else []
+    more += ["what it returns is a list"] if call.listed else []
     text = "; ".join((", ".join(parts), f"returns {returned}{number}", *more))
     return Fact(name="call", text=text, origin="observed by hooks in a call of the model")
 
