@@ -121,6 +121,8 @@ def test_window_attention_of_every_tile(dtype, width, window, options):
 
     limits = (5e-3, 1.6e-2) if dtype == torch.bfloat16 else (1e-5, 1e-4)
     exact = run(torch.float64, implementation="torch")
+    largest = max(float(right.abs().max()) for right in exact)  # some gradients are exactly zero
     for number, (got, right) in enumerate(zip(run(dtype), exact, strict=True)):
         assert torch.isfinite(got).all()
-        assert error(got, right) < limits[number > 0] or float((got.double() - right).abs().max()) < 1e-5
+        limit = limits[number > 0]
+        assert error(got, right) < limit or float((got.double() - right).abs().max()) < limit * largest
