@@ -131,7 +131,8 @@ class Signature:
             if not (self.any_keyword or name in self.keywords or name in seen or name in PACKED):
                 raise TypeError(f"{where} got an unexpected keyword argument {name!r}")
         for name, value in self.tensors(args, kwargs).items():
-            if name not in seen and name not in PACKED:
+            counts = value.dim() == 0  # what a trainer passes along (how many tokens a step has), no mask
+            if not counts and name not in seen and name not in PACKED:
                 raise SwapError(
                     f"{where} is called with a tensor {name} {list(value.shape)}; when the model was inspected that "
                     f"was absent or None (the tensors were {sorted(seen)}), so what it does is not known. Inspect the "

@@ -105,10 +105,15 @@ class TwoCaptures:
     def _at_far(self, first: CapturedGraph, far: int, limit: int, taken: set[int]) -> MatchResult:
         """`first` matched with a capture at `far`, or at the longest of the model's sizes that it takes."""
         near = self.longest
+        shortest = free_length(2 * first.length + 3, limit, taken)
         if near < far and repeats(first):
-            far = self._affordable(first, near, far, limit)
-        lengths = far_lengths(far, near, taken) if near < far else [far]
-        for length in lengths[:-1]:
+            far = max(near, self._affordable(first, shortest, far, limit))
+        lengths = list(far_lengths(far, near, taken)) if near < far else [far]
+        if shortest < lengths[-1]:  # a number behind the mask may be more than the model takes
+            lengths += far_lengths(lengths[-1], shortest, taken)[1:]
+        for number, length in enumerate(lengths[:-1]):
+            if number:  # something longer failed: is this the longest that the model takes?
+                limit = limit if self._takes(length + 2) else min(limit, length + 2)
             try:
                 with quiet():
                     second = self.capture(length, limit)
@@ -125,6 +130,14 @@ class TwoCaptures:
         self.checked = self.longest = lengths[-1]
         second = self.capture(lengths[-1], limit)
         return match((first, second), self.catalogue, rope_limit=self.rope_limit)
+
+    def _takes(self, length: int) -> bool:
+        try:
+            with quiet():
+                self.capture(length)
+        except Exception:
+            return False
+        return True
 
     def _affordable(self, first: CapturedGraph, near: int, far: int, limit: int) -> int:
         """Where code that loops over the tokens is unrolled: the length at which the graph stays small enough."""

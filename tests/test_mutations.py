@@ -303,7 +303,7 @@ CODE: dict[str, Says | Refuses] = {
     ),
     "grouped by turns": Refuses("query heads that share a key/value head do not stand together"),
     "keys one token late": Refuses("an order of rows, heads, queries and keys that is not read"),
-    "values scaled": Refuses("the values pass through"),
+    "values scaled": Says({"v_scale": lambda factor: abs(factor - 1.01) < 1e-6}),
     "the input scaled": Says({"place": "graph"}),
     "probabilities scaled": Refuses(""),
     "softmax over the queries": Refuses(""),

@@ -135,6 +135,11 @@ def everything() -> AttentionSite:
 # The table
 
 
+@pytest.fixture(autouse=True)
+def a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def test_print_shows_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     print(mixed())
     text = capsys.readouterr().out

@@ -105,7 +105,7 @@ def test_a_softmax_without_a_product_of_data_before_it_or_after_it_is_unclaimed(
         assert [s.fqn for s in report.sites] == ["block"], type(module).__name__
         assert not report.near_misses, report.near_misses[0].reason
         (line,) = report.unclaimed
-        assert "softmax.int" in line and "test_reach.py:" in line
+        assert "softmax.int" in line and "test_between_products.py:" in line
 
 
 def test_however_far_its_products_are_an_attention_is_a_near_miss() -> None:
@@ -114,4 +114,4 @@ def test_however_far_its_products_are_an_attention_is_a_near_miss() -> None:
         report = report_of(cls())
         (miss,) = report.near_misses
         assert not report.sites and not report.unclaimed
-        assert miss.slot == "scores" and reason in miss.reason and "test_reach.py:" in miss.source
+        assert miss.slot == "scores" and reason in miss.reason and "test_between_products.py:" in miss.source
