@@ -113,7 +113,7 @@ class TwoCaptures:
             lengths += far_lengths(lengths[-1], shortest, taken)[1:]
         for number, length in enumerate(lengths[:-1]):
             if number:  # something longer failed: is this the longest that the model takes?
-                limit = limit if self._takes(length + 2) else min(limit, length + 2)
+                limit = limit if self._takes(length + 2) else min(limit, length + 1)
             try:
                 with quiet():
                     second = self.capture(length, limit)
