@@ -112,8 +112,9 @@ class TwoCaptures:
         if shortest < lengths[-1]:  # a number behind the mask may be more than the model takes
             lengths += far_lengths(lengths[-1], shortest, taken)[1:]
         for number, length in enumerate(lengths[:-1]):
-            if number:  # something longer failed: is this the longest that the model takes?
-                limit = limit if self._takes(length + 2) else min(limit, length + 1)
+            if number and not self._takes(length + 2):  # something longer failed: this is the longest, or one less
+                limit = min(limit, length + 1)
+                length += self._takes(length + 1)
             try:
                 with quiet():
                     second = self.capture(length, limit)

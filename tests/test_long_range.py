@@ -192,8 +192,8 @@ def test_what_no_site_can_state_is_refused(name: str) -> None:
 def test_the_longest_compared_length_is_stated() -> None:
     assert inspected(Attention()).checked_length == 1027
     report = inspected(Attention(mask=lambda self, n: self.band[:n, :n], stored=lambda: {"band": band()}))
-    assert report.checked_length == 255, "just below the size of its table"
-    said = "masks, positions and scales were compared up to 255 tokens"
+    assert report.checked_length == 256, "the size of its table"
+    said = "masks, positions and scales were compared up to 256 tokens"
     assert said in str(report) and said in report.explain("attn")
 
 
