@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
 
 from fla_swap.reporting.drawing import KINDS, Bar, draw, legend
@@ -140,7 +141,7 @@ def _code(source: str) -> str:
     return f"{where}<pre>{chr(10).join(lines)}</pre>"
 
 
-def _list(title: str, lines: tuple[str, ...]) -> list[str]:
+def _list(title: str, lines: Sequence[str]) -> list[str]:
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return [f"<h2>{title}</h2><ul>{items}</ul>"] if lines else []
 
