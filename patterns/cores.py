@@ -98,7 +98,7 @@ def token_counts(
     return [
         [sized(g, r.facts) for (_, r), g in zip(found, graphs, strict=True)]
         for found in zip(*cores, strict=True)
-        if isinstance(found[0][1], Found)
+        if all(isinstance(r, Found) for _, r in found)
     ]
 
 
