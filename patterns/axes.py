@@ -88,9 +88,7 @@ def _expected(letter: str, axes: Axes, code: Tensor) -> Tensor:
 def arrange(value: Tensor, axes: Axes) -> Tensor:
     """A closed tensor that broadcasts against scores that lie as `axes` say, as [B or 1, H or 1, T or 1, S or 1]."""
     if value.dim() > len(axes):
-        raise AxesRefused(
-            f"a mask of shape {tuple(value.shape)} on scores of {len(axes)} dimensions (block-wise code?)"
-        )
+        raise AxesRefused(f"a mask of shape {tuple(value.shape)} on scores of {len(axes)} dimensions (block-wise?)")
     value = value.reshape((1,) * (len(axes) - value.dim()) + tuple(value.shape))
     sizes: list[int] = []
     letters: list[tuple[str, int]] = []

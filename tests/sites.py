@@ -265,3 +265,12 @@ def prompts(batch: int = 2, length: int = 11, padding: int = 4, seed: int = 0) -
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     return ids, mask
+
+
+def toy_plan(model, **arguments):
+    return planning.plan(report_of(model), mixer="toy", **{"keep": 0, "local": True, **arguments})
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, **kwargs).logits
