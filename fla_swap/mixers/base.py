@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,13 @@ class MixerConfig:
     """Dimensions that every mixer has. Left None, they are taken from the attention site that is replaced.
 
     `head_dim` is the width of a query/key head, `v_head_dim` of a value head. `rope` rotates q and k when not None.
+    Outside a swap `head_dim` defaults to hidden_size / num_heads, `v_head_dim` to `head_dim`.
+
+    The defaults of a mixer's own options are what a swap starts best from; `PAPER` holds those of the paper's layer,
+    where they differ (`paper`).
     """
+
+    PAPER: ClassVar[Mapping[str, Any]] = {}
 
     hidden_size: int | None = None
     num_heads: int | None = None
@@ -35,18 +41,36 @@ class MixerConfig:
     v_head_dim: int | None = None
     rope: Rope | None = None
 
+    @classmethod
+    def paper(cls, **options: Any) -> Self:
+        """The layer as its paper has it, overlaid by `options`; an unknown option is a MixerError."""
+        return cls.from_options({**cls.PAPER, **options})
+
+    def filled(self) -> Self:
+        """The same config with the widths that follow from others where they are None. Outside a swap."""
+        if self.head_dim is not None or not self.hidden_size or not self.num_heads:
+            return self
+        return dataclasses.replace(self, head_dim=share(self.hidden_size, self.num_heads, type(self).__name__))
+
     def to_options(self) -> dict[str, Any]:
         """Every field as plain JSON data; `from_options` reads it back."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> MixerConfig:
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Build the config from plain JSON data; an unknown option is a MixerError that names the known ones."""
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
             raise MixerError(f"{cls.__name__} has no option {unknown}; it has {sorted(known)}")
         return from_jsonable(cls, dict(options))
+
+
+def share(width: float, heads: int, where: str) -> int:
+    """The width of one of `heads` heads that have `width` channels together; a MixerError when they do not divide."""
+    if width % heads:
+        raise MixerError(f"{where}: {width:g} channels do not divide into {heads} heads; give head_dim and v_head_dim")
+    return int(width) // heads
 
 
 class TokenMixer(nn.Module):
@@ -66,6 +90,7 @@ class TokenMixer(nn.Module):
 
     def __init__(self, config: MixerConfig):
         super().__init__()
+        config = config.filled()
         missing = [n for n in ("hidden_size", "num_heads", "head_dim") if getattr(config, n) is None]
         if missing:
             raise MixerError(f"{type(config).__name__} needs {missing} (a swap takes them from the attention site)")

@@ -5,8 +5,9 @@ S_t = (I − β_t k_t k_tᵀ) exp(g_t) S_{t−1} + β_t k_t v_tᵀ        o_t = 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,7 @@ from fla_swap.mixers.recurrent import RecurrentConfig, RecurrentMixer
 class GatedDeltaNetConfig(RecurrentConfig):
     """Options of Gated DeltaNet; see also `RecurrentConfig`.
 
-    The paper's layer is `conv_activation="silu"`, `output_norm=True`, `output_gate="swish"`, `use_rope=False`; the
-    defaults are what a swap starts best from.
+    `GatedDeltaNetConfig.paper` is the paper's layer; the defaults are what a swap starts best from.
 
     Args:
         scale: None means 1: q and k have unit length, so that reading a key's own value gives it back.
@@ -32,6 +32,15 @@ class GatedDeltaNetConfig(RecurrentConfig):
         negative_eigenvalues: β up to 2 (2411.12537) instead of 1.
         init_beta: write strength at the start.
     """
+
+    PAPER: ClassVar[Mapping[str, Any]] = {
+        "expand_k": 0.75,
+        "expand_v": 1.5,
+        "conv_activation": "silu",
+        "output_norm": True,
+        "output_gate": "swish",
+        "use_rope": False,
+    }
 
     conv_size: int | None = 4
     qk_l2norm: bool = True

@@ -5,7 +5,9 @@ S_t = diag(exp g_t) S_{t−1} + k_t v_tᵀ        o_t = scale · S_tᵀ q_t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,7 @@ from fla_swap.mixers.recurrent import RecurrentConfig, RecurrentMixer
 class GLAConfig(RecurrentConfig):
     """Options of gated linear attention; see also `RecurrentConfig`.
 
-    The paper's layer is `qk_l2norm=False`, `output_norm=True`, `output_gate="swish"`, `use_rope=False`; the defaults
-    are what a swap learns fastest from.
+    `GLAConfig.paper` is the paper's layer; the defaults are what a swap learns fastest from.
 
     Args:
         scale: None means K^-0.5.
@@ -33,6 +34,14 @@ class GLAConfig(RecurrentConfig):
         qk_l2norm: make q and k unit vectors, which bounds the weights of old tokens.
         balanced: write k · (1 − exp g), which keeps the state's size the same for every decay (HGRN2, 2404.07904).
     """
+
+    PAPER: ClassVar[Mapping[str, Any]] = {
+        "expand_k": 0.5,
+        "qk_l2norm": False,
+        "output_norm": True,
+        "output_gate": "swish",
+        "use_rope": False,
+    }
 
     decay_rank: int = 16
     decay_normalizer: float = 16.0

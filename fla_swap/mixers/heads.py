@@ -69,6 +69,7 @@ class HeadsMixer(TokenMixer):
 
     def __init__(self, config: HeadsConfig, *, expand_kv: bool = False):
         super().__init__(config)
+        config = self.config
         assert config.hidden_size and config.num_heads and config.head_dim
         kv_heads = config.num_kv_heads or config.num_heads
         check_heads(config, type(self).name)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from fla_swap.errors import MixerError
-from fla_swap.mixers.base import MixerConfig, State, wide
+from fla_swap.mixers.base import MixerConfig, State, share, wide
 from fla_swap.mixers.heads import HeadsConfig, HeadsMixer
 from fla_swap.mixers.parts import (
     OutputGate,
@@ -35,6 +36,8 @@ class RecurrentConfig(HeadsConfig):
     """Options of the mixers with a matrix state.
 
     Args:
+        expand_k, expand_v: all key (value) heads together are this many times as wide as the hidden states, where
+            `head_dim` (`v_head_dim`) is None; on a swap the site's widths hold.
         scale: factor on q; None: the mixer's own default.
         expand_kv: give every query head its own copy of the site's key/value projections (grouped heads then train
             apart); False keeps the projections grouped and repeats heads at run time.
@@ -50,6 +53,8 @@ class RecurrentConfig(HeadsConfig):
             None: spread from 64 to 1024.
     """
 
+    expand_k: float = 1.0
+    expand_v: float = 1.0
     scale: float | None = None
     expand_kv: bool = True
     use_rope: bool = True
@@ -61,6 +66,16 @@ class RecurrentConfig(HeadsConfig):
     output_gate: str | None = "sigmoid"
     gate_rank: int | None = None
     init_half_life: tuple[float, ...] | None = None
+
+    def filled(self) -> Self:
+        if not self.hidden_size or not self.num_heads:
+            return self
+        where, found = type(self).__name__, {}
+        if self.head_dim is None:
+            found["head_dim"] = share(self.expand_k * self.hidden_size, self.num_heads, where)
+        if self.v_head_dim is None and (self.head_dim is None or self.expand_v != 1):
+            found["v_head_dim"] = share(self.expand_v * self.hidden_size, self.num_heads, where)
+        return dataclasses.replace(self, **found)
 
 
 class RecurrentMixer(HeadsMixer):
@@ -75,6 +90,7 @@ class RecurrentMixer(HeadsMixer):
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config, expand_kv=config.expand_kv)
+        config = self.config
         check_recurrent(config, self.name)
         if not config.use_rope:
             self.rope = None

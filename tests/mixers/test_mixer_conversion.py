@@ -216,3 +216,23 @@ def test_standalone_layers_need_only_their_dimensions():
         assert y.shape == x.shape and y.isfinite().all() and state is None
         with pytest.raises(MixerError, match=r"needs \['hidden_size', 'head_dim'\]"):
             mixer_type(type(config)(num_heads=H))
+
+
+@pytest.mark.parametrize("mixer_type", MIXERS)
+def test_a_layer_of_the_paper_needs_a_width_and_a_number_of_heads(mixer_type):
+    config = mixer_type.config_class.paper(hidden_size=64, num_heads=2)
+    mixer, x = mixer_type(config), torch.randn(2, 5, 64)
+    y, state = mixer(x, output_state=True)
+    assert y.shape == x.shape and y.isfinite().all()
+    assert state is not None or mixer.uses_kv_cache
+    with pytest.raises(MixerError, match=r"no option \['widht'\]"):
+        mixer_type.config_class.paper(widht=3)
+
+
+def test_widths_follow_from_the_hidden_size():
+    assert WindowConfig(hidden_size=D, num_heads=H).filled().head_dim == D // H
+    paper = GLAConfig.paper(hidden_size=64, num_heads=2).filled()
+    assert (paper.head_dim, paper.v_head_dim) == (16, 32) and paper.output_gate == "swish"
+    assert GLAConfig.paper(hidden_size=64, num_heads=2, output_gate=None, head_dim=8).output_gate is None
+    with pytest.raises(MixerError, match="GLAConfig: 64 channels do not divide into 3 heads"):
+        GLA(GLAConfig(hidden_size=64, num_heads=3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ def test_gla_is_the_papers_recurrence():
 def test_window_is_softmax_attention_under_a_window_mask(hidden):
     for case in ("window", "window_all"):
         mixer, config = build(case), CONFIGS[case]
-        shared = {n: getattr(config, n) for n in SoftmaxConfig.__dataclass_fields__ if hasattr(config, n)}
+        names = {f.name for f in dataclasses.fields(SoftmaxConfig)}
+        shared = {n: getattr(config, n) for n in names if hasattr(config, n)}
         plain = Softmax(SoftmaxConfig(mask=Mask(kind="window", window=config.window), **shared)).double()
         plain.load_state_dict(mixer.state_dict())
         tolerance = {} if case == "window" else {"rtol": 1e-5, "atol": 1e-6}  # its scores are in fp32
