@@ -18,6 +18,7 @@ from fla_swap.patterns.rope import Rotary
 from fla_swap.patterns.scores import Floor, Mask, Scale, Softcap
 from fla_swap.patterns.sinks import Shift, Sinks
 from fla_swap.patterns.temperature import LogTemperature
+from fla_swap.patterns.unnormalised import UnnormalisedCore
 
 SCORES: tuple[Recogniser, ...] = (Shift(), Sinks(), Softcap(), Scale(), Mask(), Floor())
 PATH: tuple[Recogniser, ...] = (Project(), Adapted(), QKNorm(), Factor(), Clip(), LogTemperature(), Rotary())
@@ -41,7 +42,7 @@ def catalogue(extra: Iterable[Recogniser] | None = None) -> Catalogue:
         raise RecogniserError(f"patterns={extra!r} is no sequence of recognisers: write patterns=(…,)")
     own = list(installed_recognisers() if extra is None else (checked(r, "patterns=") for r in extra))
     scores = _unique("scores", own, SCORES)
-    builtin = (FusedCore(), FlexCore(), SoftmaxCore(scores=scores))
+    builtin = (FusedCore(), FlexCore(), SoftmaxCore(scores=scores), UnnormalisedCore())
     return Catalogue(cores=_unique("core", own, builtin), scores=scores, path=_unique("path", own, PATH))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
 
@@ -53,12 +53,32 @@ def made_of_map(node: fx.Node, graph: CapturedGraph) -> bool:
     return _search(node, graph, graph.open_inputs, wanted=is_map)
 
 
+def nearest_products(
+    node: fx.Node,
+    graph: CapturedGraph,
+    following: Callable[[fx.Node], Iterable[fx.Node]],
+    ends: Callable[[fx.Node], bool],
+) -> list[fx.Node]:
+    """The first products of two open tensors on every way from `node`; a way ends where `ends` holds as well."""
+    return list(_reached(node, graph, following, is_product, ends))
+
+
 def _search(
     node: fx.Node,
     graph: CapturedGraph,
     following: Callable[[fx.Node], Iterable[fx.Node]],
     wanted: Callable[[fx.Node, CapturedGraph], bool] = is_product,
 ) -> bool:
+    return next(_reached(node, graph, following, wanted), None) is not None
+
+
+def _reached(
+    node: fx.Node,
+    graph: CapturedGraph,
+    following: Callable[[fx.Node], Iterable[fx.Node]],
+    wanted: Callable[[fx.Node, CapturedGraph], bool],
+    ends: Callable[[fx.Node], bool] = lambda _: False,
+) -> Iterator[fx.Node]:
     seen: set[fx.Node] = {node}
     stack = [n for n in following(node) if graph.is_open(n)]
     while stack:
@@ -67,10 +87,9 @@ def _search(
             continue
         seen.add(walk)
         if wanted(walk, graph):
-            return True
-        if walk.target not in CONTRACTION | CONVOLUTION or mixes_heads(walk, graph):
+            yield walk
+        elif not ends(walk) and (walk.target not in CONTRACTION | CONVOLUTION or mixes_heads(walk, graph)):
             stack += [n for n in following(walk) if graph.is_open(n)]
-    return False
 
 
 def mixes_heads(node: fx.Node, graph: CapturedGraph) -> bool:

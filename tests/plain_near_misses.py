@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from plain_base import Attention, H, causal, near_miss
 from torch import Tensor, nn
@@ -145,3 +147,71 @@ class ProbabilitiesInParts(Attention):
 class Squared(Attention):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return (q @ k.mT).square()
+
+
+class WithoutSoftmax(Attention):
+    """Weights made of each score alone."""
+
+    def each(self, scores: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def weights(self, scores: Tensor, x: Tensor) -> Tensor:
+        return self.each(scores).masked_fill(~causal(x), 0.0)
+
+
+@near_miss
+class ExpAlone(WithoutSoftmax):
+    """exp(scores) @ v, nothing divides it."""
+
+    def each(self, scores: Tensor) -> Tensor:
+        return scores.exp()
+
+
+@near_miss
+class ExpOverLength(WithoutSoftmax):
+    """Divided by how many keys a query sees."""
+
+    def each(self, scores: Tensor) -> Tensor:
+        return scores.exp() / torch.arange(1, scores.shape[-1] + 1)[:, None]
+
+
+@near_miss
+class ExpOverClampedSum(Attention):
+    def weights(self, scores: Tensor, x: Tensor) -> Tensor:
+        e = torch.exp(scores) * causal(x)
+        return e / e.sum(-1, keepdim=True).clamp(min=1.0)
+
+
+@near_miss
+class SumAfterwards(Attention):
+    """The values' sum is divided, after the product, by the exponentials' sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        e = torch.exp(self.scores(q, k)) * causal(x)
+        y = (e @ v) / e.sum(-1, keepdim=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@near_miss
+class Sigmoid(WithoutSoftmax):
+    """Sigmoid attention (2409.04431)."""
+
+    def each(self, scores: Tensor) -> Tensor:
+        return (scores - math.log(scores.shape[-1])).sigmoid()
+
+
+@near_miss
+class Relu(WithoutSoftmax):
+    def each(self, scores: Tensor) -> Tensor:
+        return scores.relu().square() / scores.shape[-1]
+
+
+@near_miss
+class SigmoidEinsum(Attention):
+    """The same without a dimension for the heads in front, and added to a term that is closed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in self.heads(x))
+        weights = torch.einsum("bthk,bshk->bhts", q, k).add(0.5).sigmoid() * causal(x)
+        return self.o(torch.einsum("bhts,bshk->bthk", weights, v).flatten(2))

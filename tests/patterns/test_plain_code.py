@@ -46,6 +46,9 @@ REASONS = {
     "TwoProducts": "the scores are a sum of several products (relative positions)",
     "ProbabilitiesInParts": "the probabilities are taken apart, each part with values of its own",
     "Squared": "square.default between the softmax and q kᵀ",
+    **dict.fromkeys(("ExpAlone", "ExpOverLength", "ExpOverClampedSum", "SumAfterwards"), "the weights are exp of the"),
+    **dict.fromkeys(("Sigmoid", "SigmoidEinsum"), "the weights are sigmoid of the scores, not their softmax"),
+    "Relu": "the weights are relu of the scores, not their softmax",
 }
 
 
