@@ -53,14 +53,18 @@ def made_of_map(node: fx.Node, graph: CapturedGraph) -> bool:
     return _search(node, graph, graph.open_inputs, wanted=is_map)
 
 
-def nearest_products(
-    node: fx.Node,
-    graph: CapturedGraph,
-    following: Callable[[fx.Node], Iterable[fx.Node]],
-    ends: Callable[[fx.Node], bool],
-) -> list[fx.Node]:
-    """The first products of two open tensors on every way from `node`; a way ends where `ends` holds as well."""
-    return list(_reached(node, graph, following, is_product, ends))
+def products_before(node: fx.Node, graph: CapturedGraph, ends: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The nearest products of two open tensors on every way back from `node`; a way ends where `ends` holds as well."""
+    return list(_reached(node, graph, graph.open_inputs, is_product, ends))
+
+
+def sums_values(node: fx.Node, graph: CapturedGraph, ends: Callable[[fx.Node], bool]) -> bool:
+    """As `after_product`, where the product itself does not count two lengths (an index of the keys does)."""
+
+    def wanted(walk: fx.Node, graph: CapturedGraph) -> bool:
+        return is_product(walk, graph) and not _pairs(shape(walk), graph.length)
+
+    return next(_reached(node, graph, lambda n: list(n.users), wanted, ends), None) is not None
 
 
 def _search(

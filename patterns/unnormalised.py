@@ -12,11 +12,13 @@ from fla_swap.patterns.base import ABSENT, Refused, Result
 from fla_swap.patterns.core import FILL, SDPA
 from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, op_name, shape
 from fla_swap.patterns.normalise import find_softmax
-from fla_swap.patterns.reach import nearest_products
+from fla_swap.patterns.reach import products_before, sums_values
 from fla_swap.patterns.steps import ADD, DIV, MUL, SUB
 
 EXP = _ops("exp", "exp_", "exp2", "exp2_")
-KEEPS_SCORES = LAYOUT | CAST | DROPOUT | ADD | SUB | MUL | DIV | FILL | _ops("neg", "neg_", "where", "nan_to_num", "rsub")
+KEEPS_SCORES = (
+    LAYOUT | CAST | DROPOUT | ADD | SUB | MUL | DIV | FILL | _ops("neg", "neg_", "where", "nan_to_num", "rsub")
+)
 UNTAGGED = _ops("hardswish", "hardswish_", "log_sigmoid", "special_expit", "special_exp2", "special_log_softmax")
 
 
@@ -34,10 +36,9 @@ class UnnormalisedCore:
         def ends(walk: fx.Node) -> bool:
             return _is_softmax(walk, graph) or _acts_on_each(walk, graph)
 
-        before = nearest_products(node, graph, graph.open_inputs, ends)
-        if not any(_size(node) == _size(product) for product in before):
+        if not any(_size(node) == _size(product) for product in products_before(node, graph, ends)):
             return ABSENT
-        if not nearest_products(node, graph, lambda n: list(n.users), lambda n: _is_softmax(n, graph)):
+        if not sums_values(node, graph, lambda n: _is_softmax(n, graph)):
             return ABSENT
         name = op_name(node).split(".")[0].rstrip("_")
         if node.target in EXP:

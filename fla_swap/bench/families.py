@@ -1,9 +1,10 @@
 """What `inspect` finds in every model family that transformers has: sites, proofs, refusals with their reasons.
 
-    python -m fla_swap.bench.families [--group decoder] [--only llama,gpt2] [--out results/families.md]
+    python -m fla_swap.bench.families [--group decoder] [--only llama,gpt2] [--out results/families.md] [--resume]
 
 Every type of the group is built tiny and random from its own config, in sdpa and in eager, each in a process of its
-own with a time limit. A family whose attention is not accounted for shows as such: no silent miss.
+own with a time limit. A family whose attention is not accounted for shows as such: no silent miss. Each result is
+written as it comes, to FAMILIES.jsonl and into the table: a run that was interrupted goes on with `--resume`.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 import fla_swap as fs
 from fla_swap.bench.tiny_configs import GROUPS, model_types, tiny_model
-from fla_swap.errors import FlaSwapError
+from fla_swap.errors import ConfigError, FlaSwapError
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -64,6 +66,21 @@ class Result:
         if self.unclaimed:
             parts.append(f"{self.unclaimed} softmaxes in no attention that is understood (routers, block-wise code)")
         return "; ".join(parts) or "no attention"
+
+    @property
+    def outcome(self) -> str:
+        """The kind of the verdict, in a few words."""
+        if self.stage != "inspected":
+            return "not built" if self.stage == "not built" else "could not be followed"
+        if self.facts:
+            return "proved in part" if self.refusals else "every attention proved"
+        return "refused with a reason" if self.refusals else "no attention"
+
+
+OUTCOMES = (
+    *("every attention proved", "proved in part", "refused with a reason"),
+    *("could not be followed", "not built", "no attention"),
+)
 
 
 def inspect_family(family: str, group: str, implementation: str) -> Result:
@@ -154,32 +171,108 @@ def inspect_all(wanted: list[tuple[str, str, str]], limit: float, workers: int) 
         time.sleep(0.02)
 
 
-def markdown(results: list[Result], command: str) -> str:
-    """The table, with what made it."""
-    count = collections.Counter(r.group for r in results if r.implementation == IMPLEMENTATIONS[0])
+def about(command: str) -> dict[str, str]:
+    """The machine, the versions and the command: what a table must say of itself."""
+    versions = f"python {platform.python_version()}, torch {torch.__version__.split('+')[0]}"
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "versions": f"{versions}, transformers {transformers.__version__}",
+        "command": command,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What a run has found so far: `path` a Markdown table, beside it the raw results as JSON lines, `about` first."""
+
+    path: Path
+    wanted: list[tuple[str, str, str]]
+    about: dict[str, str]
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def raw(self) -> Path:
+        return self.path.with_suffix(".jsonl")
+
+    @classmethod
+    def start(cls, path: Path, wanted: list[tuple[str, str, str]], command: str, *, resume: bool) -> Table:
+        """An empty table, or with `resume` one with what is in the file of raw results.
+
+        Raises ConfigError when that holds results and `resume` is not asked for, or they are of other versions.
+        """
+        path = path if path.suffix == ".md" else path / "families.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = cls(path=path, wanted=wanted, about=about(command))
+        lines = table.raw.read_text(encoding="utf-8").splitlines() if table.raw.exists() else []
+        if not lines:
+            table.raw.write_text(json.dumps(table.about) + "\n", encoding="utf-8")
+            return table
+        if not resume:
+            raise ConfigError(f"{table.raw} holds {len(lines) - 1} results: go on with --resume, or remove it")
+        before = json.loads(lines[0])
+        if before["versions"] != table.about["versions"] or before["machine"] != table.about["machine"]:
+            raise ConfigError(f"{table.raw} is of {before['machine']}, {before['versions']}: remove it to start anew")
+        if not table.raw.read_bytes().endswith(b"\n"):  # cut in the middle of a line
+            lines = lines[:-1]
+            table.raw.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        table.results.extend(_read(line) for line in lines[1:])
+        return table
+
+    @property
+    def left(self) -> list[tuple[str, str, str]]:
+        done = {(r.family, r.group, r.implementation) for r in self.results}
+        return [task for task in self.wanted if task not in done]
+
+    def add(self, result: Result) -> None:
+        """Append the result to the raw ones and write the table anew."""
+        self.results.append(result)
+        with self.raw.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
+        place = {task: number for number, task in enumerate(self.wanted)}
+        ordered = sorted(self.results, key=lambda r: place.get((r.family, r.group, r.implementation), len(place)))
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text(markdown(ordered, self.about, left=len(self.left)) + "\n", encoding="utf-8")
+        unfinished.replace(self.path)
+
+
+def _read(line: str) -> Result:
+    values = json.loads(line)
+    return Result(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
+def markdown(results: list[Result], about: dict[str, str], left: int = 0) -> str:
+    """The table, with what made it; `left`: how many families are still to come."""
     lines = [
         "# What `inspect` finds in transformers' model families",
         "",
-        f"- transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, "
-        f"python {platform.python_version()}; {', '.join(f'{n} {g}s' for g, n in count.items())}",
-        f"- command: `{command}`",
+        *(f"- {name}: {f'`{text}`' if name == 'command' else text}" for name, text in about.items()),
         "- each family: random, tiny, from its own config; a proved site was rebuilt from its facts alone, in fp32",
+        *([f"- not finished: {left} of {left + len(results)} runs are missing"] if left else []),
         "",
     ]
     for group in GROUPS:
-        rows: dict[str, dict[str, str]] = {}
+        families: dict[str, list[Result]] = {}
         for r in results:
             if r.group == group and r.stage != "no such code":
-                rows.setdefault(r.family, {})[r.implementation] = r.verdict.replace("|", "\\|")
-        if not rows:
+                families.setdefault(r.family, []).append(r)
+        if not families:
             continue
-        lines += [f"## {group}", "", "| family | result |", "|---|---|"]
-        for family, verdicts in rows.items():
+        lines += [f"## {group}", "", _summary(list(families.values())), "", "| family | result |", "|---|---|"]
+        for family, own in families.items():
+            verdicts = {r.implementation: r.verdict.replace("|", "\\|") for r in own}
             same = len(verdicts) == len(IMPLEMENTATIONS) and len(set(verdicts.values())) == 1
             text = next(iter(verdicts.values())) if same else "<br>".join(f"{k}: {v}" for k, v in verdicts.items())
             lines.append(f"| {family} | {text} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _summary(families: list[list[Result]]) -> str:
+    """How many types came out how; a type counts by the worse of its implementations."""
+    order = {name: number for number, name in enumerate((OUTCOMES[-1], *OUTCOMES[:-1]))}
+    count = collections.Counter(max((r.outcome for r in own), key=order.__getitem__) for own in families)
+    parts = ", ".join(f"{count[name]} {name}" for name in OUTCOMES if count[name])
+    return f"{len(families)} types: {parts} (a type counts by the worse of sdpa and eager)."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -189,7 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--implementation", action="append", choices=list(IMPLEMENTATIONS))
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one family")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
-    parser.add_argument("--out", type=Path, help="Markdown file to write; the results go beside it as JSON lines")
+    parser.add_argument("--out", type=Path, help="Markdown file (or folder) to write; the raw results go beside it")
+    parser.add_argument("--resume", action="store_true", help="go on with the raw results that are there")
     options = parser.parse_args(arguments)
     console = Console()
     only = [t for t in options.only.split(",") if t]
@@ -200,21 +294,25 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"transformers has no model type {name!r} in the groups {groups}")
     chosen = [(t, g) for t, g in every if not only or t in only]
     wanted = [(t, g, i) for t, g in chosen for i in options.implementation or IMPLEMENTATIONS]
-    results: list[Result] = []
+    command = "python -m fla_swap.bench.families " + " ".join(arguments if arguments is not None else sys.argv[1:])
+    table = None
+    try:
+        if options.out:
+            table = Table.start(options.out, wanted, command.strip(), resume=options.resume)
+    except ConfigError as error:
+        parser.error(str(error))
+    stages = {r.stage for r in table.results} if table else set()
+    left = table.left if table else wanted
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("families", total=len(wanted))
-        for result in inspect_all(wanted, options.limit, options.workers):
-            results.append(result)
-            line = f"{result.family} [dim]{result.group} {result.implementation}[/dim] {result.verdict}"
+        task = progress.add_task("families", total=len(wanted), completed=len(wanted) - len(left))
+        for result in inspect_all(left, options.limit, options.workers):
+            stages.add(result.stage)
+            if table:
+                table.add(result)
+            line = f"{result.family} [dim]{result.group} {result.implementation}[/dim] {escape(result.verdict)}"
             progress.console.print(line, highlight=False, soft_wrap=True)
             progress.advance(task)
-    results.sort(key=lambda r: wanted.index((r.family, r.group, r.implementation)))
-    if options.out:
-        command = "python -m fla_swap.bench.families " + " ".join(arguments if arguments is not None else sys.argv[1:])
-        options.out.write_text(markdown(results, command.strip()) + "\n", encoding="utf-8")
-        rows = "".join(json.dumps(asdict(r)) + "\n" for r in results)
-        options.out.with_suffix(".jsonl").write_text(rows, encoding="utf-8")
-    return 0 if all(r.stage in ("inspected", "no such code") for r in results) else 1
+    return 0 if stages <= {"inspected", "no such code"} else 1
 
 
 if __name__ == "__main__":
