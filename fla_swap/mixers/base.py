@@ -26,7 +26,9 @@ class MixerConfig:
     """Dimensions that every mixer has. Left None, they are taken from the attention site that is replaced.
 
     `head_dim` is the width of a query/key head, `v_head_dim` of a value head. `rope` rotates q and k when not None.
-    Outside a swap `head_dim` defaults to hidden_size / num_heads, `v_head_dim` to `head_dim`.
+    Outside a swap `head_dim` defaults to hidden_size / num_heads, `v_head_dim` to `head_dim`, and `rope` to a rotary
+    embedding of base `rope_base` (None: none). The start of some papers' layers depends on their number `layer`, from
+    0, among `num_layers`.
 
     The defaults of a mixer's own options are what a swap starts best from; `PAPER` holds those of the paper's layer,
     where they differ (`paper`).
@@ -40,6 +42,9 @@ class MixerConfig:
     head_dim: int | None = None
     v_head_dim: int | None = None
     rope: Rope | None = None
+    rope_base: float | None = None
+    layer: int | None = None
+    num_layers: int | None = None
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
@@ -47,10 +52,18 @@ class MixerConfig:
         return cls.from_options({**cls.PAPER, **options})
 
     def filled(self) -> Self:
-        """The same config with the widths that follow from others where they are None. Outside a swap."""
-        if self.head_dim is not None or not self.hidden_size or not self.num_heads:
-            return self
-        return dataclasses.replace(self, head_dim=share(self.hidden_size, self.num_heads, type(self).__name__))
+        """The same config with what follows from other options where it is None (a swap states it all)."""
+        found: dict[str, Any] = {}
+        if self.hidden_size and self.num_heads:
+            found = self.widths(self.hidden_size, self.num_heads)
+        width = self.head_dim or found.get("head_dim")
+        if self.rope is None and self.rope_base is not None and width is not None:
+            found["rope"] = Rope(inv_freq=tuple(self.rope_base ** (-i / width) for i in range(0, width - 1, 2)))
+        return dataclasses.replace(self, **found) if found else self
+
+    def widths(self, hidden_size: int, num_heads: int) -> dict[str, int]:
+        """The widths of heads that are None, by name."""
+        return {} if self.head_dim else {"head_dim": share(hidden_size, num_heads, type(self).__name__)}
 
     def to_options(self) -> dict[str, Any]:
         """Every field as plain JSON data; `from_options` reads it back."""
@@ -187,6 +200,7 @@ class TokenMixer(nn.Module):
             "head_dim": site.head_dim,
             "v_head_dim": site.v_head_dim,
             "rope": site.rope,
+            "layer": site.layer,
         }
         filled = {n: v for n, v in found.items() if getattr(config, n) is None}
         return cls.complete(dataclasses.replace(config, **filled), site)

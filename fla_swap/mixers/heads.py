@@ -62,12 +62,12 @@ class HeadsMixer(TokenMixer):
 
     A site's own output gate is part of every mixer that replaces it (`gate_proj`). `kv_heads` is how many key/value
     heads the projections have: the site's, or as many as query heads when a subclass asks for `expand_kv` (each copy
-    can then be trained apart).
+    can then be trained apart). `qk_heads`: q and k have this many heads, each shared by several value heads.
     """
 
     config: HeadsConfig
 
-    def __init__(self, config: HeadsConfig, *, expand_kv: bool = False):
+    def __init__(self, config: HeadsConfig, *, expand_kv: bool = False, qk_heads: int | None = None):
         super().__init__(config)
         config = self.config
         assert config.hidden_size and config.num_heads and config.head_dim
@@ -75,18 +75,19 @@ class HeadsMixer(TokenMixer):
         check_heads(config, type(self).name)
         self.heads = config.num_heads
         self.kv_heads = config.num_heads if expand_kv else kv_heads
+        self.q_heads, self.k_heads = qk_heads or self.heads, qk_heads or self.kv_heads
         self.head_dim, self.v_head_dim = config.head_dim, config.v_head_dim or config.head_dim
         self.rope = config.rope
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bool(config.q_bias))
-        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=bool(config.k_bias))
+        self.q_proj = nn.Linear(hidden, self.q_heads * self.head_dim, bias=bool(config.q_bias))
+        self.k_proj = nn.Linear(hidden, self.k_heads * self.head_dim, bias=bool(config.k_bias))
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.v_head_dim, bias=bool(config.v_bias))
         width = self.heads * self.v_head_dim
         bare = config.output_proj is False
         outputs = config.output_size or hidden
         self.o_proj = nn.Identity() if bare else nn.Linear(width, outputs, bias=bool(config.o_bias))
-        self.q_norm = HeadNorm(config.q_norm, self.heads, self.head_dim) if config.q_norm else None
-        self.k_norm = HeadNorm(config.k_norm, self.kv_heads, self.head_dim) if config.k_norm else None
+        self.q_norm = HeadNorm(config.q_norm, self.q_heads, self.head_dim) if config.q_norm else None
+        self.k_norm = HeadNorm(config.k_norm, self.k_heads, self.head_dim) if config.k_norm else None
         self.v_norm = HeadNorm(config.v_norm, self.kv_heads, self.v_head_dim) if config.v_norm else None
         self.o_norm = HeadNorm(config.o_norm, self.heads, self.v_head_dim) if config.o_norm else None
         gate = config.gate
@@ -144,7 +145,11 @@ class HeadsMixer(TokenMixer):
     def project(self, x: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H·K], k [B, S, HK·K], v [B, S, HK·V]; keys and values from `memory` [B, S, …], or x (then S = T)."""
         source = x if memory is None else memory
-        return self._clip(self.q_proj(x)), self._clip(self.k_proj(source)), self._clip(self.v_proj(source))
+        return self.project_apart(x, source, source)
+
+    def project_apart(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each of inputs of its own [B, ·, D]."""
+        return self._clip(self.q_proj(q)), self._clip(self.k_proj(k)), self._clip(self.v_proj(v))
 
     def _clip(self, y: Tensor) -> Tensor:
         limit = self.config.clip
@@ -159,7 +164,7 @@ class HeadsMixer(TokenMixer):
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, cos_sin: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K], k [B, T, HK, K], v [B, T, HK, V]: split, normed, rotated (positions default to 0, 1, …)."""
-        q, k = q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.kv_heads, -1))
+        q, k = q.unflatten(-1, (self.q_heads, -1)), k.unflatten(-1, (self.k_heads, -1))
         v = v.unflatten(-1, (self.kv_heads, -1))
         v = v if self.v_norm is None else self.v_norm(v)
         v = v if self.config.v_scale in (None, 1.0) else v * self.config.v_scale

@@ -88,14 +88,16 @@ class ShortConv(nn.Module):
         channels: C.
         taps: W; weight [C, W], the last tap weighs the token itself.
         activation: None or "silu".
+        bias: whether it has a bias [C].
     """
 
-    def __init__(self, channels: int, taps: int, activation: str | None = None):
+    def __init__(self, channels: int, taps: int, activation: str | None = None, *, bias: bool = False):
         super().__init__()
         if taps < 1 or activation not in (None, "silu"):
             raise MixerError(f"conv_size must be at least 1 and conv_activation None or 'silu': {taps}, {activation!r}")
         self.taps, self.activation = taps, activation
         self.weight = nn.Parameter(torch.zeros(channels, taps))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         self.reset()
 
     @torch.no_grad()
@@ -103,61 +105,83 @@ class ShortConv(nn.Module):
         """Make it the identity (but for the activation)."""
         self.weight.zero_()
         self.weight[:, -1] = 1
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor, tokens: Tokens, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x [B, T, C] and the W − 1 inputs before it, past [N, W−1, C] (None: zeros).
 
         Returns y [B, T, C] and the new past (None if there was none). Sums are taken in fp32 or wider.
         """
-        if tokens.cu_seqlens is not None:
-            y, after = short_conv(
-                x,
-                self.weight,
-                activation=self.activation,
-                initial_state=None if past is None else past.mT,
-                output_final_state=past is not None,
-                cu_seqlens=tokens.cu_seqlens,
-            )
-            return y, None if after is None else after.mT
-        back = None
-        if tokens.valid is not None and x.shape[1] > 1:
-            x, tokens, back = close_gaps(x, tokens)
-        x = tokens.keep(x)
-        front = x.new_zeros(x.shape[0], self.taps - 1, x.shape[2]) if past is None else past.to(x.dtype)
-        line = torch.cat((front, x), 1)
-        age = None if tokens.starts is None else self._age(tokens.starts)
-        y = self._sum(wide(line), wide(self.weight), x.shape[1], age)
-        y = (F.silu(y) if self.activation else y).to(x.dtype)
-        y = y if back is None else y.gather(1, back[..., None].expand_as(y))
-        return y, None if past is None else self._last(line, age, tokens.valid)
+        return convolve(x, self.weight, self.bias, self.activation, tokens, past)
 
-    def _sum(self, line: Tensor, weight: Tensor, steps: int, age: Tensor | None) -> Tensor:
-        """Sum over the taps; `line` [B, W−1+T, C]."""
-        y = line[:, self.taps - 1 :] * weight[:, -1]
-        for back in range(1, self.taps):
-            earlier = line[:, self.taps - 1 - back :][:, :steps]
-            if age is not None:
-                earlier = earlier.masked_fill((age < back)[..., None], 0)
-            y = torch.addcmul(y, earlier, weight[:, -1 - back])
-        return y
 
-    def _age(self, starts: Tensor) -> Tensor:
-        """Rows since the document's first one, int64 [B, T]; W or more before the first start."""
-        rows = torch.arange(starts.shape[1], device=starts.device)
-        return rows - torch.where(starts, rows, -self.taps).cummax(1).values
+def shift_tokens(x: Tensor, tokens: Tokens, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The token before each one of x [B, T, C] in its document, zero before the first; past [N, 1, C] as above."""
+    weight = x.new_ones(x.shape[2], 2)
+    weight[:, 1] = 0
+    return convolve(x, weight, None, None, tokens, past)
 
-    def _last(self, line: Tensor, age: Tensor | None, valid: Tensor | None) -> Tensor:
-        """The last W − 1 valid rows of `line`; zeros for those before the last document."""
-        keep = self.taps - 1
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, tokens: Tokens, past: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What `ShortConv` computes, of documents and padding as `tokens` has them; weight [C, W], bias [C] or None."""
+    taps = weight.shape[1]
+    if tokens.cu_seqlens is not None:
+        y, after = short_conv(
+            x,
+            weight,
+            bias,
+            activation=activation,
+            initial_state=None if past is None else past.mT,
+            output_final_state=past is not None,
+            cu_seqlens=tokens.cu_seqlens,
+        )
+        return y, None if after is None else after.mT
+    back = None
+    if tokens.valid is not None and x.shape[1] > 1:
+        x, tokens, back = close_gaps(x, tokens)
+    x = tokens.keep(x)
+    front = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if past is None else past.to(x.dtype)
+    line = torch.cat((front, x), 1)
+    age = None if tokens.starts is None else _age(tokens.starts, taps)
+    y = _sum(wide(line), wide(weight), x.shape[1], age)
+    y = y if bias is None else y + wide(bias)
+    y = (F.silu(y) if activation else y).to(x.dtype)
+    y = y if back is None else y.gather(1, back[..., None].expand_as(y))
+    return y, None if past is None else _last(line, taps - 1, age, tokens.valid)
+
+
+def _sum(line: Tensor, weight: Tensor, steps: int, age: Tensor | None) -> Tensor:
+    """Sum over the taps; `line` [B, W−1+T, C]."""
+    taps = weight.shape[1]
+    y = line[:, taps - 1 :] * weight[:, -1]
+    for back in range(1, taps):
+        earlier = line[:, taps - 1 - back :][:, :steps]
         if age is not None:
-            back = torch.arange(line.shape[1] - 1, -1, -1, device=line.device)
-            line = torch.where((back <= age[:, -1:])[..., None], line, 0)
-        if valid is None:
-            return line[:, line.shape[1] - keep :]
-        counted = F.pad(valid.long(), (keep, 0), value=1).cumsum(1)
-        wanted = counted[:, -1:] - torch.arange(keep - 1, -1, -1, device=line.device)
-        index = torch.searchsorted(counted, wanted)
-        return line.gather(1, index[..., None].expand(-1, -1, line.shape[2]))
+            earlier = earlier.masked_fill((age < back)[..., None], 0)
+        y = torch.addcmul(y, earlier, weight[:, -1 - back])
+    return y
+
+
+def _age(starts: Tensor, taps: int) -> Tensor:
+    """Rows since the document's first one, int64 [B, T]; W or more before the first start."""
+    rows = torch.arange(starts.shape[1], device=starts.device)
+    return rows - torch.where(starts, rows, -taps).cummax(1).values
+
+
+def _last(line: Tensor, keep: int, age: Tensor | None, valid: Tensor | None) -> Tensor:
+    """The last `keep` valid rows of `line`; zeros for those before the last document."""
+    if age is not None:
+        back = torch.arange(line.shape[1] - 1, -1, -1, device=line.device)
+        line = torch.where((back <= age[:, -1:])[..., None], line, 0)
+    if valid is None:
+        return line[:, line.shape[1] - keep :]
+    counted = F.pad(valid.long(), (keep, 0), value=1).cumsum(1)
+    wanted = counted[:, -1:] - torch.arange(keep - 1, -1, -1, device=line.device)
+    index = torch.searchsorted(counted, wanted)
+    return line.gather(1, index[..., None].expand(-1, -1, line.shape[2]))
 
 
 class OutputGate(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +43,13 @@ class RecurrentConfig(HeadsConfig):
             apart); False keeps the projections grouped and repeats heads at run time.
         use_rope: rotate q and k as the site does (HyPE keeps it in linear layers); False drops it.
         conv_size: taps of the causal convolution on q, k and v before the heads' norms and rotation (identity at the
-            start); None: no convolution.
+            start); None: no convolution. conv_bias: give it a bias, 0 at the start.
         conv_activation: None or "silu" (as in the papers; not the identity, hence off on a swap).
         qk_activation: feature map on q and k: None, "silu", "relu" or "elu".
-        output_norm: RMS norm per head before scale and gate, as in the papers; off, because it forgets how large the
-            original's outputs were (converted layers learned much more slowly with it). norm_eps: its epsilon.
+        output_norm: norm before scale and gate, as in the papers; off, because it forgets how large the original's
+            outputs were (converted layers learned much more slowly with it). norm_eps: its epsilon. norm_kind: "rms",
+            or "layer" (the mean is subtracted). norm_groups: how many groups of heads are normed apart; None: each
+            head. norm_after_gate: gate first (Mamba2).
         output_gate: "sigmoid", "swish" or None; exactly 1 at the start. gate_rank: None for a full map.
         init_half_life: tokens in which a head's memory halves at the start, one number for all heads or one per head;
             None: spread from 64 to 1024.
@@ -59,23 +61,35 @@ class RecurrentConfig(HeadsConfig):
     expand_kv: bool = True
     use_rope: bool = True
     conv_size: int | None = None
+    conv_bias: bool = False
     conv_activation: str | None = None
     qk_activation: str | None = None
     output_norm: bool = False
     norm_eps: float = 1e-5
+    norm_kind: str = "rms"
+    norm_groups: int | None = None
+    norm_after_gate: bool = False
     output_gate: str | None = "sigmoid"
     gate_rank: int | None = None
     init_half_life: tuple[float, ...] | None = None
 
-    def filled(self) -> Self:
-        if not self.hidden_size or not self.num_heads:
-            return self
-        where, found = type(self).__name__, {}
+    def widths(self, hidden_size: int, num_heads: int) -> dict[str, int]:
+        found, where = {}, type(self).__name__
         if self.head_dim is None:
-            found["head_dim"] = share(self.expand_k * self.hidden_size, self.num_heads, where)
+            found["head_dim"] = share(self.expand_k * hidden_size, num_heads, where)
         if self.v_head_dim is None and (self.head_dim is None or self.expand_v != 1):
-            found["v_head_dim"] = share(self.expand_v * self.hidden_size, self.num_heads, where)
-        return dataclasses.replace(self, **found)
+            found["v_head_dim"] = share(self.expand_v * hidden_size, num_heads, where)
+        return found
+
+
+class Inputs(NamedTuple):
+    """What the parts of a mixer read, [B, T, D] each: the tokens themselves, or tokens mixed with earlier ones."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    gate: Tensor
 
 
 class RecurrentMixer(HeadsMixer):
@@ -88,14 +102,16 @@ class RecurrentMixer(HeadsMixer):
     config: RecurrentConfig
     calibratable = True
 
-    def __init__(self, config: RecurrentConfig):
-        super().__init__(config, expand_kv=config.expand_kv)
+    def __init__(self, config: RecurrentConfig, *, qk_heads: int | None = None):
+        super().__init__(config, expand_kv=config.expand_kv, qk_heads=qk_heads)
         config = self.config
         check_recurrent(config, self.name)
         if not config.use_rope:
             self.rope = None
-        widths = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.v_head_dim)
-        self.conv = ShortConv(sum(widths), config.conv_size, config.conv_activation) if config.conv_size else None
+        self.conv = None
+        if config.conv_size:
+            channels = sum(p.out_features for p in (self.q_proj, self.k_proj, self.v_proj))
+            self.conv = ShortConv(channels, config.conv_size, config.conv_activation, bias=config.conv_bias)
         self.head_scale = nn.Parameter(torch.ones(self.heads, self.v_head_dim))
         self.gate = None
         if config.output_gate is not None:
@@ -165,6 +181,15 @@ class RecurrentMixer(HeadsMixer):
         lives = spread_half_lives(self.heads, 64.0, 1024.0) if given is None else given
         return torch.tensor(lives, dtype=torch.float32).expand(self.heads)
 
+    def inputs(self, x: Tensor, tokens: Tokens, state: State | None) -> Inputs:
+        """What the projections, the decay and the output gate read; here the tokens x [B, T, D] themselves."""
+        return Inputs(x, x, x, x, x)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature maps on q and k [B, T, H, K]."""
+        kind = self.config.qk_activation
+        return activate(q, kind), activate(k, kind)
+
     def recur(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, initial: Tensor | None, *, decode: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -184,7 +209,8 @@ class RecurrentMixer(HeadsMixer):
         cos_sin: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Heads' outputs [B, T, H, V], the state updated in place."""
-        q, k, v = self.project(x)
+        inputs = self.inputs(x, tokens, state)
+        q, k, v = self.project_apart(inputs.q, inputs.k, inputs.v)
         if self.conv is not None:
             line, past = self.conv(torch.cat((q, k, v), -1), tokens, None if state is None else state["conv"])
             q, k, v = line.split((q.shape[-1], k.shape[-1], v.shape[-1]), -1)
@@ -195,34 +221,43 @@ class RecurrentMixer(HeadsMixer):
             _store(state, "position", following)
             positions = counted if positions is None else positions
         q, k, v = self.to_heads(q, k, v, positions, cos_sin)
-        kind = self.config.qk_activation
-        q, k, v = activate(q, kind), tokens.keep(activate(k, kind)), tokens.keep(v)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        groups = self.heads // self.kv_heads
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+        q, k = self.features(q, k)
+        q, k, v = q.to(v.dtype), tokens.keep(k.to(v.dtype)), tokens.keep(v)
+        k, v = share_heads(k, self.q_heads), share_heads(v, self.heads)
         training = torch.is_grad_enabled()
         decode = state is not None and x.shape[1] == 1 and tokens.cu_seqlens is None and not training
         initial = None if state is None else state["recurrent"]
         if initial is not None and training:
             initial = initial.clone()  # autograd keeps it, and the state itself changes below
-        o, final = self.recur(x, q, k, v, tokens, initial, decode=decode)
+        o, final = self.recur(inputs.decay, q, k, v, tokens, initial, decode=decode)
         if final is not None:
             _store(state, "recurrent", final)
-        return self._finish(o, x)
+        return self._finish(o, x, inputs.gate)
 
-    def _finish(self, o: Tensor, x: Tensor) -> Tensor:
+    def _finish(self, o: Tensor, x: Tensor, gate_input: Tensor) -> Tensor:
         """Norm, scale and gate, in fp32 or wider; back in o's dtype. The site's own norm and gate stand around them.
 
         The scale comes after the site's norm, which would undo it.
         """
         dtype = o.dtype
         o = o if self.o_norm is None else self.o_norm(o)
-        y = head_rms_norm(o, self.config.norm_eps) if self.config.output_norm else wide(o)
-        y = y * wide(self.head_scale)
-        if self.gate is not None:
-            y = y * self.gate(x).unflatten(-1, (self.heads, self.v_head_dim))
+        gate = None if self.gate is None else self.gate(gate_input).unflatten(-1, (self.heads, self.v_head_dim))
+        y = wide(o)
+        if gate is not None and self.config.norm_after_gate:
+            y, gate = y * gate, None
+        y = self.norm_output(y) * wide(self.head_scale)
+        y = y if gate is None else y * gate
         return self.open_gate(y, x).to(dtype)
+
+    def norm_output(self, y: Tensor) -> Tensor:
+        """The mixer's own norm of [B, T, H, V] in fp32 or wider, if it has one."""
+        config = self.config
+        if not config.output_norm:
+            return y
+        groups = y.flatten(-2).unflatten(-1, (config.norm_groups or self.heads, -1))
+        if config.norm_kind == "layer":
+            groups = groups - groups.mean(-1, keepdim=True)
+        return head_rms_norm(groups, config.norm_eps).view_as(y)
 
     def _new_state(self, x: Tensor, cu_seqlens: Tensor | None) -> State:
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -242,6 +277,12 @@ class RecurrentMixer(HeadsMixer):
         raise NotImplementedError
 
 
+def share_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, h, ·] → [B, T, heads, ·]: each head stands for heads / h."""
+    repeats = heads // x.shape[2]
+    return x if repeats == 1 else x.repeat_interleave(repeats, 2)
+
+
 def _store(state: State | None, name: str, value: Tensor) -> None:
     """Write into a state at its fixed address."""
     if state is not None:
@@ -254,6 +295,10 @@ def check_recurrent(config: RecurrentConfig, where: str) -> None:
     if max(widths) > MAX_HEAD_DIM:
         raise MixerError(f"{where}: heads of {max(widths)} channels; the kernels take at most {MAX_HEAD_DIM}")
     check_activation(config.qk_activation, where)
+    if config.norm_kind not in ("rms", "layer"):
+        raise MixerError(f"{where}: norm_kind must be 'rms' or 'layer', got {config.norm_kind!r}")
+    if config.norm_groups is not None and (config.norm_groups < 1 or (config.num_heads or 0) % config.norm_groups):
+        raise MixerError(f"{where}: {config.num_heads} heads do not divide into {config.norm_groups} groups for a norm")
     lives = config.init_half_life
     if lives is not None and (len(lives) not in (1, config.num_heads) or min(lives) <= 0):
         raise MixerError(
