@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fla_swap.kernels.decay.ops import gla, gla_step, linear_attention, retention, simple_gla
+from fla_swap.kernels.decay.rwkv6 import rwkv6, rwkv6_step
 from fla_swap.kernels.delta.ops import delta_rule, delta_rule_step, gated_delta_rule, gated_delta_rule_step
 from fla_swap.kernels.fused.ops import (
     gated_rms_norm,
@@ -29,6 +30,8 @@ __all__ = [
     "new_window_state",
     "retention",
     "rms_norm",
+    "rwkv6",
+    "rwkv6_step",
     "short_conv",
     "short_conv_step",
     "simple_gla",

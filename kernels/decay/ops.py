@@ -69,7 +69,7 @@ def gla(
     heads = v.shape[2]
     q, k = expand_heads(q, heads), expand_heads(k, heads)
     g = None if g is None else expand_heads(g, heads)
-    o, final_state = gla_fwd(q, k, v, g, gv, initial_state, cu_seqlens, scale, output_final_state, chosen)
+    o, final_state = gla_fwd(q, k, v, g, gv, None, initial_state, cu_seqlens, scale, output_final_state, chosen)
     return o, final_state if output_final_state else None
 
 
@@ -102,7 +102,7 @@ def gla_step(
         state.copy_(final)
         return o
     check_triton(chosen, q)
-    return gla_step_op(q, k, v, g, gv, state, scale, chosen)
+    return gla_step_op(q, k, v, g, gv, None, state, scale, chosen)
 
 
 def linear_attention(
@@ -224,16 +224,17 @@ def gla_fwd(
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     output_final_state: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """The operator behind `gla` (equal head counts); the final state is empty unless asked for."""
+    """The operator behind `gla` and, with u, `rwkv6` (equal head counts); the final state is empty unless asked for."""
     module = _implementation(implementation)
     with torch.autocast(q.device.type, enabled=False):
-        o, final_state = module.forward(q, k, v, g, gv, initial_state, cu_seqlens, scale)
+        o, final_state = module.forward(q, k, v, g, gv, u, initial_state, cu_seqlens, scale)
     return o, final_state if output_final_state else final_state.new_empty(0)
 
 
@@ -244,6 +245,7 @@ def _gla_fwd_fake(
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -261,18 +263,19 @@ def gla_bwd(
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     out_grad: Tensor,
     final_grad: Tensor | None,
     scale: float,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `gla_fwd` with respect to q, k, v, g, gv and the initial state (empty where the input is None)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `gla_fwd` with respect to q, k, v, g, gv, u and the initial state (empty where one is None)."""
     module = _implementation(implementation)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, dg, dgv, dstate = module.backward(
-            q, k, v, g, gv, initial_state, cu_seqlens, out_grad, final_grad, scale
+        dq, dk, dv, dg, dgv, du, dstate = module.backward(
+            q, k, v, g, gv, u, initial_state, cu_seqlens, out_grad, final_grad, scale
         )
     empty = q.new_empty(0)
     return (
@@ -281,6 +284,7 @@ def gla_bwd(
         dv,
         empty if dg is None else dg,
         empty.clone() if dgv is None else dgv,
+        empty.clone() if du is None else du,
         empty.clone() if initial_state is None else dstate.to(initial_state.dtype),
     )
 
@@ -292,17 +296,18 @@ def _gla_bwd_fake(
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     out_grad: Tensor,
     final_grad: Tensor | None,
     scale: float,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(x: Tensor | None) -> Tensor:
         return q.new_empty(0) if x is None else x.new_empty(x.shape)
 
-    return like(q), like(k), like(v), like(g), like(gv), like(initial_state)
+    return like(q), like(k), like(v), like(g), like(gv), like(u), like(initial_state)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -313,13 +318,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _autograd(ctx: Any, out_grad: Tensor | None, final_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, gv, initial_state, cu_seqlens = ctx.saved_tensors
+    q, k, v, g, gv, u, initial_state, cu_seqlens = ctx.saved_tensors
     if out_grad is None:
         out_grad = v.new_zeros(v.shape)
     if not ctx.output_final_state:
         final_grad = None
-    dq, dk, dv, dg, dgv, dstate = gla_bwd(
-        q, k, v, g, gv, initial_state, cu_seqlens, out_grad, final_grad, ctx.scale, ctx.implementation
+    dq, dk, dv, dg, dgv, du, dstate = gla_bwd(
+        q, k, v, g, gv, u, initial_state, cu_seqlens, out_grad, final_grad, ctx.scale, ctx.implementation
     )
     return (
         dq,
@@ -327,6 +332,7 @@ def _autograd(ctx: Any, out_grad: Tensor | None, final_grad: Tensor | None) -> t
         dv,
         None if g is None else dg,
         None if gv is None else dgv,
+        None if u is None else du,
         None if initial_state is None else dstate,
         *(None,) * 4,
     )
@@ -342,13 +348,14 @@ def gla_step_op(
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     state: Tensor,
     scale: float,
     implementation: str,
 ) -> Tensor:
-    """The operator behind `gla_step` (equal head counts)."""
+    """The operator behind `gla_step` and, with u, `rwkv6_step` (equal head counts)."""
     with torch.autocast(q.device.type, enabled=False):
-        return _implementation(implementation).step(q, k, v, g, gv, state, scale)
+        return _implementation(implementation).step(q, k, v, g, gv, u, state, scale)
 
 
 @gla_step_op.register_fake
@@ -358,6 +365,7 @@ def _gla_step_fake(
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     state: Tensor,
     scale: float,
     implementation: str,

@@ -19,12 +19,16 @@ def gla_reference(
     g: Tensor | None = None,
     *,
     gv: Tensor | None = None,
+    u: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`gla` step by step, in float64 when q is float64 and in float32 otherwise. Arguments as for `ops.gla`."""
+    """`gla` step by step, in float64 when q is float64 and in float32 otherwise. Arguments as for `ops.gla`.
+
+    With u [H,K] the output reads the state before the step, and k_t v_tᵀ through the bonus u (`rwkv6`).
+    """
     batch, time, _, width = q.shape
     heads, value_width = v.shape[2], v.shape[3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -34,6 +38,7 @@ def gla_reference(
     vf = v.to(dtype)
     gf = None if g is None else g.to(dtype).repeat_interleave(heads // g.shape[2], 2)
     gvf = None if gv is None else gv.to(dtype)
+    uf = None if u is None else u.to(dtype).repeat_interleave(group, 0).unsqueeze(-1)
 
     outputs, finals = [], []
     for start, stop, sequence in _segments(batch, time, cu_seqlens):
@@ -43,18 +48,48 @@ def gla_reference(
             state = initial_state[sequence].to(dtype)
         steps = []
         for t in range(start, stop):
+            update = kf[:, t].unsqueeze(-1) * vf[:, t].unsqueeze(-2)
+            if uf is not None:
+                steps.append(((state + uf * update) * qf[:, t].unsqueeze(-1)).sum(-2) * factor)
             if gf is not None:
                 state = state * gf[:, t].exp().unsqueeze(-1)
             if gvf is not None:
                 state = state * gvf[:, t].exp().unsqueeze(-2)
-            state = state + kf[:, t].unsqueeze(-1) * vf[:, t].unsqueeze(-2)
-            steps.append((state * qf[:, t].unsqueeze(-1)).sum(-2) * factor)
+            state = state + update
+            if uf is None:
+                steps.append((state * qf[:, t].unsqueeze(-1)).sum(-2) * factor)
         outputs += steps
         finals.append(state)
     o = torch.stack(outputs, 1) if outputs else vf[:, :0]
     if o.shape[1] < time:
         o = torch.cat([o, o.new_zeros(batch, time - o.shape[1], heads, value_width)], 1)
     return o.to(q.dtype), torch.cat(finals) if output_final_state else None
+
+
+def rwkv6_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    u: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`rwkv6` step by step. Arguments as for `rwkv6.rwkv6`."""
+    return gla_reference(
+        q,
+        k,
+        v,
+        g,
+        u=u,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def _segments(batch: int, time: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, slice]]:
@@ -68,7 +103,7 @@ def _segments(batch: int, time: int, cu_seqlens: Tensor | None) -> list[tuple[in
 def make_inputs(
     gates: tuple[str, ...] = ("g",), *, states: bool = True
 ) -> Callable[[torch.device | str, torch.dtype, int, int, int, int], dict[str, Tensor]]:
-    """A maker of random `gla` arguments (B = 2, value width D) with the given gates, for numerics tables and tests."""
+    """A maker of random `gla` arguments (B = 2, value width D) with these gates (or u), for numerics and tests."""
 
     def make(device: torch.device | str, dtype: torch.dtype, T: int, H: int, D: int, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -77,8 +112,10 @@ def make_inputs(
             return torch.randn(*shape, generator=generator)
 
         values = {name: normal(2, T, H, D).to(dtype) for name in ("q", "k", "v")}
-        for name in gates:
+        for name in set(gates) - {"u"}:
             values[name] = (torch.nn.functional.logsigmoid(normal(2, T, H, D)) / 4).float()
+        if "u" in gates:
+            values["u"] = normal(H, D).float()
         if states:
             values["initial_state"] = normal(2, H, D, D)
         return {name: x.to(device).requires_grad_() for name, x in values.items()}

@@ -19,83 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fla_swap.kernels.common import chunk_table
-
-CHUNK = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How [B,T,H,D] becomes chunks [G,M,C,D]. Packed: `index` [M,C] (T where unused), `sequence`, `local` [M]."""
-
-    batch: int
-    time: int
-    chunk: int
-    chunks: int
-    dtype: torch.dtype
-    index: Tensor | None = None
-    sequence: Tensor | None = None
-    first: Tensor | None = None
-    sequences: int = 0
-
-    def split(self, x: Tensor) -> Tensor:
-        """[B,T,H,D] → [G,M,C,D] in the computing dtype, zeros where there is no token."""
-        heads, width = x.shape[2], x.shape[3]
-        if self.index is None:
-            padded = self.chunks * self.chunk
-            out = x.new_empty((self.batch, heads, padded, width), dtype=self.dtype)
-            out[:, :, : self.time] = x.transpose(1, 2)
-            out[:, :, self.time :] = 0
-            return out.view(self.batch * heads, self.chunks, self.chunk, width)
-        padded_x = torch.cat([x[0].to(self.dtype), x.new_zeros((1, heads, width), dtype=self.dtype)])
-        return padded_x[self.index].permute(2, 0, 1, 3).contiguous()
-
-    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """[G,M,C,D] → [B,T,H,D], contiguous; tokens of no sequence get zero."""
-        rows, _, _, width = y.shape
-        heads = rows // self.batch
-        if self.index is None:
-            out = y.new_empty((self.batch, self.time, heads, width), dtype=dtype)
-            out.copy_(y.view(self.batch, heads, -1, width)[:, :, : self.time].transpose(1, 2))
-            return out
-        out = y.new_zeros((self.time + 1, heads, width), dtype=dtype)
-        out[self.index] = y.permute(1, 2, 0, 3).to(dtype)
-        return out[: self.time].unsqueeze(0).contiguous()
-
-
-def make_layout(q: Tensor, cu_seqlens: Tensor | None) -> Layout:
-    """Choose the chunk length and, for packed input, build the token table on the device."""
-    batch, time = q.shape[:2]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    chunk = min(CHUNK, 1 << max(time - 1, 0).bit_length())
-    if cu_seqlens is None:
-        return Layout(batch=batch, time=time, chunk=chunk, chunks=-(-time // chunk), dtype=dtype)
-    table = chunk_table(cu_seqlens, time, chunk).to(torch.int64)
-    sequences = cu_seqlens.shape[0] - 1
-    used = table[:, 0] >= 0
-    sequence = torch.where(used, table[:, 0], sequences)
-    bounds = torch.cat([cu_seqlens.to(torch.int64), cu_seqlens.new_zeros(1, dtype=torch.int64)])
-    token = bounds[sequence][:, None] + table[:, 1:] * chunk + torch.arange(chunk, device=q.device)
-    inside = used[:, None] & (token < bounds[(sequence + 1).clamp(max=sequences)][:, None])
-    return Layout(
-        batch=batch,
-        time=time,
-        chunk=chunk,
-        chunks=table.shape[0],
-        dtype=dtype,
-        index=torch.where(inside, token, time),
-        sequence=sequence,
-        first=table[:, 1] == 0,
-        sequences=sequences,
-    )
+from fla_swap.kernels.decay.torch_layout import Layout, make_layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
     """Decay factors of one side. `levels[l]`: (rows, columns) factors at s = 2^l, each [GM, C/2s, s, D].
 
-    `start` [GM,C,D]: decay from the chunk's start to each step, the step included. `end`: from after each step to
-    the chunk's end. `whole` [G,M,D]: over the chunk.
+    `start` [GM,C,D]: decay from the chunk's start to each step, the step included unless the output reads the state
+    before the step. `end`: from after each step to the chunk's end. `whole` [G,M,D]: over the chunk.
     """
 
     levels: tuple[tuple[Tensor, Tensor | None], ...]
@@ -104,22 +36,25 @@ class Gate:
     whole: Tensor
 
 
-def make_gate(g: Tensor | None) -> Gate | None:
-    """Build the factors of every level from log gates [G,M,C,D]."""
+def make_gate(g: Tensor | None, *, before: bool = False) -> Gate | None:
+    """Build the factors of every level from log gates [G,M,C,D]. `before`: the output reads the state before a step."""
     if g is None:
         return None
     rows, chunks, chunk, width = g.shape
-    start = g.exp().view(rows * chunks, chunk, width)
-    end = torch.ones_like(start)
+    through = g.exp().view(rows * chunks, chunk, width)
+    end = torch.ones_like(through)
+    start = torch.ones_like(through) if before else through
     levels: list[tuple[Tensor, Tensor | None]] = []
     size = 1
     while size < chunk:
-        prefix, suffix = (x.view(rows * chunks, -1, 2, size, width) for x in (start, end))
-        levels.append((prefix[:, :, 1].clone(), suffix[:, :, 0].clone() if size > 1 else None))
+        prefix, suffix, read = (x.view(rows * chunks, -1, 2, size, width) for x in (through, end, start))
+        levels.append((read[:, :, 1].clone(), suffix[:, :, 0].clone() if size > 1 else None))
         suffix[:, :, 0] *= prefix[:, :, 1, -1:]
         prefix[:, :, 1] *= prefix[:, :, 0, -1:]
+        if before:
+            read[:, :, 1] *= prefix[:, :, 0, -1:]
         size *= 2
-    whole = start[:, -1].view(rows, chunks, width)
+    whole = through[:, -1].view(rows, chunks, width)
     return Gate(levels=tuple(levels), start=start, end=end, whole=whole)
 
 
@@ -260,12 +195,20 @@ def carry_backward(
     return ends, starts, initial[:-1].clone()
 
 
+def _bonus(u: Tensor | None, layout: Layout, rows: int) -> Tensor | float:
+    """u [H,K] as a factor on rows [GM,C,K]; 1 without a bonus."""
+    if u is None:
+        return 1.0
+    return u.to(layout.dtype).repeat(layout.batch, 1).repeat_interleave(rows, 0).unsqueeze(1)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -273,7 +216,7 @@ def forward(
     """Output [B,T,H,V] in q's dtype and final state [N,H,K,V] in the computing dtype."""
     layout = make_layout(q, cu_seqlens)
     qc, kc, vc = layout.split(q) * scale, layout.split(k), layout.split(v)
-    key = make_gate(None if g is None else layout.split(g))
+    key = make_gate(None if g is None else layout.split(g), before=u is not None)
     value = make_gate(None if gv is None else layout.split(gv))
     shape = vc.shape
     qc, kc, vc = (x.flatten(0, 1) for x in (qc, kc, vc))
@@ -284,7 +227,7 @@ def forward(
         out.baddbmm_(_times(qc, key and key.start), states.flatten(0, 1))
     else:
         out.addcmul_(torch.bmm(_times(qc, key and key.start), states.flatten(0, 1)), value.start)
-    out.addcmul_((qc * kc).sum(-1, keepdim=True), vc)
+    out.addcmul_((qc * kc * _bonus(u, layout, shape[1])).sum(-1, keepdim=True), vc)
     return layout.join(out.view(shape), q.dtype), final
 
 
@@ -294,16 +237,17 @@ def backward(
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     out_grad: Tensor,
     final_grad: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Gradients of q, k, v, g, gv and the initial state; those of absent gates are None."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Gradients of q, k, v, g, gv, u and the initial state; those of absent gates and bonus are None."""
     layout = make_layout(q, cu_seqlens)
     qc, kc, vc, oc = layout.split(q) * scale, layout.split(k), layout.split(v), layout.split(out_grad)
-    key = make_gate(None if g is None else layout.split(g))
+    key = make_gate(None if g is None else layout.split(g), before=u is not None)
     value = make_gate(None if gv is None else layout.split(gv))
     key_shape, value_shape = qc.shape, vc.shape
     state_shape = (*key_shape[:2], key_shape[-1], value_shape[-1])
@@ -318,17 +262,28 @@ def backward(
     flat_states, flat_ends = states.flatten(0, 1), ends.flatten(0, 1)
 
     weights, weights_grad = pair_products(qc, kc, key), pair_products(oc, vc, value)
+    undecayed = None
+    if u is not None:
+        undecayed = weights_grad.diagonal(-1, 1, 2).unsqueeze(-1).clone()
+        weights_grad.diagonal(-1, 1, 2).zero_()
     q_grad, k_grad = pair_apply(weights_grad, qc, kc, key)
     out, v_grad = pair_apply(weights, oc, vc if value is not None else None, value)
-    q_grad += _times(torch.bmm(o_start, flat_states.mT), key and key.start)
+    q_old = _times(torch.bmm(o_start, flat_states.mT), key and key.start)
     k_grad += _times(torch.bmm(v_end, flat_ends.mT), key and key.end)
     v_grad += _times(torch.bmm(k_end, flat_ends), value and value.end)
 
     g_grad = gv_grad = None
     if g is not None:
-        boundary = (states * starts).sum(-1)
-        g_grad = _gate_grad(kc * k_grad - qc * q_grad, boundary, key_shape)
-        g_grad = layout.join(g_grad, g.dtype)
+        assert key is not None
+        gained, lost = kc * k_grad, qc * (q_grad + q_old)
+        if u is None:
+            boundary = (states * starts).sum(-1)
+        else:
+            lost[:, 0] = 0
+            lost = torch.nn.functional.pad(lost[:, 1:], (0, 0, 0, 1))
+            read = (qc * q_old)[:, 1:].sum(1).view(key.whole.shape)
+            boundary = (states * ends).sum(-1) * key.whole + read
+        g_grad = layout.join(_gate_grad(gained - lost, boundary, key_shape), g.dtype)
     if gv is not None:
         assert value is not None
         out = out + torch.bmm(q_start, flat_states) * value.start
@@ -336,9 +291,18 @@ def backward(
         gv_grad = _gate_grad(vc * v_grad - oc * out, boundary, value_shape)
         gv_grad = layout.join(gv_grad, gv.dtype)
 
-    diagonal, diagonal_grad = (qc * kc).sum(-1, keepdim=True), (oc * vc).sum(-1, keepdim=True)
-    q_grad.addcmul_(diagonal_grad, kc).mul_(scale)
-    k_grad.addcmul_(diagonal_grad, qc)
+    q_grad += q_old
+    if undecayed is not None:
+        q_grad[:, 1:].addcmul_(undecayed, kc[:, :-1])
+        k_grad[:, :-1].addcmul_(undecayed, qc[:, 1:])
+    bonus = _bonus(u, layout, key_shape[1])
+    diagonal, diagonal_grad = (qc * kc * bonus).sum(-1, keepdim=True), (oc * vc).sum(-1, keepdim=True)
+    u_grad = None
+    if u is not None:
+        u_grad = (diagonal_grad * qc * kc).sum(1).view(layout.batch, -1, key_shape[1], key_shape[3]).sum((0, 2))
+        u_grad = u_grad.to(u.dtype)
+    q_grad.addcmul_(diagonal_grad, kc * bonus).mul_(scale)
+    k_grad.addcmul_(diagonal_grad, qc * bonus)
     v_grad.addcmul_(diagonal, oc)
     return (
         layout.join(q_grad.view(key_shape), q.dtype),
@@ -346,6 +310,7 @@ def backward(
         layout.join(v_grad.view(value_shape), v.dtype),
         g_grad,
         gv_grad,
+        u_grad,
         initial_grad,
     )
 
@@ -359,15 +324,29 @@ def _gate_grad(flow: Tensor, boundary: Tensor, shape: torch.Size) -> Tensor:
     return grad.add_(boundary.unsqueeze(2))
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, state: Tensor, scale: float) -> Tensor:
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    u: Tensor | None,
+    state: Tensor,
+    scale: float,
+) -> Tensor:
     """T steps of the recurrence, in place on `state` [B,H,K,V]. Returns [B,T,H,V] in q's dtype."""
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], v.shape[3], dtype=q.dtype, device=q.device)
     for t in range(q.shape[1]):
+        query, key, value = (x[:, t].to(state.dtype) for x in (q, k, v))
+        query = query * scale
+        if u is not None:
+            own = (query * key * u.to(state.dtype)).sum(-1, keepdim=True)
+            out[:, t] = torch.matmul(query.unsqueeze(-2), state).squeeze(-2) + own * value
         if g is not None:
             state.mul_(g[:, t].to(state.dtype).exp().unsqueeze(-1))
         if gv is not None:
             state.mul_(gv[:, t].to(state.dtype).exp().unsqueeze(-2))
-        state.addcmul_(k[:, t].to(state.dtype).unsqueeze(-1), v[:, t].to(state.dtype).unsqueeze(-2))
-        query = q[:, t].to(state.dtype).unsqueeze(-2) * scale
-        out[:, t] = torch.matmul(query, state).squeeze(-2)
+        state.addcmul_(key.unsqueeze(-1), value.unsqueeze(-2))
+        if u is None:
+            out[:, t] = torch.matmul(query.unsqueeze(-2), state).squeeze(-2)
     return out

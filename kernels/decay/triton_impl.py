@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fla_swap.errors import KernelError
 from fla_swap.kernels.common import chunk_bound, chunk_table, triton_interpreted
 from fla_swap.kernels.decay.triton_kernels import (
     carry_kernel,
@@ -275,6 +276,11 @@ def _gate_grad(
     return grad
 
 
+def _refuse_bonus(u: Tensor | None) -> None:
+    if u is not None:
+        raise KernelError("rwkv6 has no Triton kernel yet; use implementation='torch'")
+
+
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
@@ -285,12 +291,14 @@ def forward(
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     launch: Launch = launch_now,
 ) -> tuple[Tensor, Tensor]:
     """Output [B,T,H,V] in q's dtype and final state [N,H,K,V] in fp32."""
+    _refuse_bonus(u)
     q, k, v, g, gv, initial_state, cu_seqlens = _contiguous(q, k, v, g, gv, initial_state, cu_seqlens)
     p = make_problem(q, v, cu_seqlens, launch)
     gates = _cumulate(p, g, q), _cumulate(p, gv, q)
@@ -307,14 +315,16 @@ def backward(
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     out_grad: Tensor,
     final_grad: Tensor | None,
     scale: float,
     launch: Launch = launch_now,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Gradients of q, k, v, g, gv and the initial state; those of absent gates are None. States are recomputed."""
+    _refuse_bonus(u)
     q, k, v, g, gv, initial_state, cu_seqlens = _contiguous(q, k, v, g, gv, initial_state, cu_seqlens)
     out_grad, final_grad = _contiguous(out_grad.to(q.dtype), final_grad)
     p = make_problem(q, v, cu_seqlens, launch)
@@ -343,7 +353,7 @@ def backward(
         _, value_lost = _combine(p, weights, q, v, gates, states, scale, partner=out_grad, only_flow=True)
         assert value_gained is not None and value_lost is not None
         dgv = _gate_grad(p, gv, (value_gained, value_lost), carried, transposed=True)
-    return dq, dk, dv, dg, dgv, initial_grad
+    return dq, dk, dv, dg, dgv, None, initial_grad
 
 
 def step(
@@ -352,11 +362,13 @@ def step(
     v: Tensor,
     g: Tensor | None,
     gv: Tensor | None,
+    u: Tensor | None,
     state: Tensor,
     scale: float,
     launch: Launch = launch_now,
 ) -> Tensor:
     """T steps of the recurrence, in place on `state` [B,H,K,V] (contiguous). Returns [B,T,H,V] in q's dtype."""
+    _refuse_bonus(u)
     q, k, v, g, gv = _contiguous(q, k, v, g, gv)
     batch, time, heads, width = q.shape
     value_width = v.shape[3]
@@ -414,9 +426,9 @@ def _record_calls(dtype: torch.dtype, width: int, gated: bool, packed: bool, rec
     for value_gated in (False, True) if gated else (False,):
         g = new(1, 128, 2, width, dtype=torch.float32) if gated else None
         gv = g if value_gated else None
-        forward(q, k, v, g, gv, state, bounds, 1.0, launch=record)
-        backward(q, k, v, g, gv, state, bounds, o, state, 1.0, launch=record)
-        step(q, k, v, g, gv, state[:1], 1.0, launch=record)
+        forward(q, k, v, g, gv, None, state, bounds, 1.0, launch=record)
+        backward(q, k, v, g, gv, None, state, bounds, o, state, 1.0, launch=record)
+        step(q, k, v, g, gv, None, state[:1], 1.0, launch=record)
 
 
 _TYPES = {
