@@ -6,10 +6,14 @@ from fla_swap.errors import MixerError
 from fla_swap.mixers.base import MixerConfig, State, TokenMixer
 from fla_swap.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from fla_swap.mixers.gla import GLA, GLAConfig
+from fla_swap.mixers.hgrn2 import HGRN2, HGRN2Config
+from fla_swap.mixers.lightning import Lightning, LightningConfig
+from fla_swap.mixers.mamba2 import Mamba2, Mamba2Config
+from fla_swap.mixers.retnet import RetNet, RetNetConfig
 from fla_swap.mixers.softmax import Softmax, SoftmaxConfig
 from fla_swap.mixers.window import Window, WindowConfig
 
-MIXERS: tuple[type[TokenMixer], ...] = (Softmax, Window, GLA, GatedDeltaNet)
+MIXERS: tuple[type[TokenMixer], ...] = (Softmax, Window, RetNet, Lightning, GLA, HGRN2, Mamba2, GatedDeltaNet)
 
 
 def mixer_class(name: str) -> type[TokenMixer]:
@@ -22,11 +26,19 @@ def mixer_class(name: str) -> type[TokenMixer]:
 
 __all__ = [
     "GLA",
+    "HGRN2",
     "MIXERS",
     "GLAConfig",
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
+    "HGRN2Config",
+    "Lightning",
+    "LightningConfig",
+    "Mamba2",
+    "Mamba2Config",
     "MixerConfig",
+    "RetNet",
+    "RetNetConfig",
     "Softmax",
     "SoftmaxConfig",
     "State",

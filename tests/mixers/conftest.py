@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fla_swap.mixers import GLA, GatedDeltaNet, GatedDeltaNetConfig, GLAConfig, Window, WindowConfig
+from fla_swap.mixers import (
+    MIXERS,
+    GatedDeltaNetConfig,
+    GLAConfig,
+    HGRN2Config,
+    LightningConfig,
+    Mamba2Config,
+    RetNetConfig,
+    WindowConfig,
+)
 from fla_swap.types import Norm, Rope, WeightRef
 
 ROPE = Rope(inv_freq=(1.0, 0.3, 0.02))
@@ -20,21 +29,35 @@ CONFIGS = {
     "gla": GLAConfig(**HEADS),
     "gla_all": GLAConfig(
         expand_kv=False, use_rope=False, conv_size=3, conv_activation="silu", qk_activation="elu", output_norm=True,
-        output_gate="swish", gate_rank=4, qk_l2norm=False, balanced=True, clamp_min=-0.8, v_bias=True, **HEADS,
+        output_gate="swish", gate_rank=4, qk_l2norm=False, balanced=True, clamp_min=-0.8, value_decay=True,
+        v_bias=True, **HEADS,
     ),
     "gated_deltanet": GatedDeltaNetConfig(**HEADS),
     "gated_deltanet_all": GatedDeltaNetConfig(
         expand_kv=False, conv_activation="silu", qk_activation="silu", output_norm=True, output_gate="swish",
         negative_eigenvalues=True, q_norm=NORM, k_norm=NORM, norm_after_rope=True, k_bias=True, **HEADS,
     ),
+    "retnet": RetNetConfig(**HEADS),
+    "retnet_all": RetNetConfig.paper(
+        hidden_size=24, num_heads=4, expand_kv=False, num_kv_heads=2, conv_size=2, conv_bias=True, train_decay=True
+    ),
+    "lightning": LightningConfig(**HEADS),
+    "lightning_all": LightningConfig.paper(
+        hidden_size=24, num_heads=4, layer=1, num_layers=4, train_decay=True, norm_groups=2
+    ),
+    "hgrn2": HGRN2Config(**HEADS),
+    "hgrn2_all": HGRN2Config.paper(hidden_size=24, num_heads=4, layer=1, num_layers=4, conv_size=3, gate_rank=2),
+    "hgrn2_bound": HGRN2Config(lower_bound=0.3, expand_kv=False, **HEADS),
+    "mamba2": Mamba2Config(**HEADS),
+    "mamba2_all": Mamba2Config.paper(hidden_size=24, num_heads=4, head_dim=8, num_groups=2, norm_groups=2),
 }  # fmt: skip
-CLASSES = {"window": Window, "gla": GLA, "gated_deltanet": GatedDeltaNet}
+CLASSES = {mixer.name: mixer for mixer in MIXERS}
 
 
 def build(case: str, dtype: torch.dtype = torch.float64):
     """A mixer of this case whose parameters are all random (gates and convolutions included)."""
     torch.manual_seed(0)
-    mixer = CLASSES[case.removesuffix("_all")](CONFIGS[case]).to(dtype)
+    mixer = CLASSES[case.removesuffix("_all").removesuffix("_bound")](CONFIGS[case]).to(dtype)
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -12,18 +12,26 @@ import torch
 from fla_swap.errors import MixerError
 from fla_swap.mixers import (
     GLA,
+    HGRN2,
     MIXERS,
     GatedDeltaNet,
     GatedDeltaNetConfig,
     GLAConfig,
+    HGRN2Config,
+    Lightning,
+    Mamba2,
+    Mamba2Config,
+    RetNet,
     Softmax,
     Window,
     WindowConfig,
     mixer_class,
 )
+from fla_swap.mixers.recurrent import RecurrentMixer
 from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, Norm, Projection, Rope, WeightRef
 
 D, H, HK, K, V = 24, 4, 2, 8, 6
+RECURRENT = [mixer for mixer in MIXERS if issubclass(mixer, RecurrentMixer)]
 
 
 def projection(name: str) -> Projection:
@@ -122,7 +130,17 @@ def test_gla_starts_as_decayed_linear_attention_on_the_sites_heads(weights, hidd
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer_type", [GLA, GatedDeltaNet])
+@pytest.mark.parametrize("mixer_type", [RetNet, Lightning, Mamba2, HGRN2])
+def test_mixers_with_gated_decay_start_as_gla_does(weights, hidden, mixer_type):
+    """On the site's heads, with the same decay and no gate in use; HGRN2 writes what it forgets."""
+    options = {"init_half_life": [8.0, 16.0, 32.0, 64.0], "scale": 0.4}
+    gla = GLA.from_attention(SITE, weights, options | {"balanced": mixer_type is HGRN2})
+    mixer = mixer_type.from_attention(SITE, weights, options)
+    torch.testing.assert_close(mixer(hidden)[0], gla(hidden)[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer_type", RECURRENT)
 def test_the_calibration_surface(weights, hidden, mixer_type):
     mixer = mixer_type.from_attention(SITE, weights)
     assert mixer.calibratable and not Window.calibratable
@@ -135,7 +153,7 @@ def test_the_calibration_surface(weights, hidden, mixer_type):
     lives = torch.tensor([1.5, 10.0, 100.0, 30000.0]).double()
     mixer.set_half_life_(lives)
     g = mixer.decay(torch.zeros_like(hidden))
-    g = g.mean(-1) if mixer_type is GLA else g
+    g = g.mean(-1) if g.dim() == 4 else g
     torch.testing.assert_close(-math.log(2) / g[0, 0], lives, rtol=1e-6, atol=0)
 
 
@@ -181,6 +199,8 @@ REFUSED = {
     "gate": (GLA, {"output_gate": "tanh"}, "output_gate"),
     "feature map": (GLA, {"qk_activation": "exp"}, "layers.0.attn.*'exp'"),
     "convolution": (GatedDeltaNet, {"conv_activation": "relu"}, "conv_activation"),
+    "tied keys": (HGRN2, HGRN2Config(tied=True), "layers.0.attn: hgrn2: tied keys"),
+    "groups": (Mamba2, Mamba2Config(num_groups=2), "layers.0.attn: mamba2: .* 4 query heads"),
     "alibi": (Window, {"alibi": [0.5]}, "4 heads, got 1"),
 }
 
@@ -192,7 +212,7 @@ def test_wrong_options_are_named(weights, case):
         mixer_type.from_attention(SITE, weights, options)
 
 
-@pytest.mark.parametrize("mixer_type", [Window, GLA, GatedDeltaNet])
+@pytest.mark.parametrize("mixer_type", [Window, *RECURRENT])
 def test_head_counts_masks_and_widths_that_do_not_fit_name_the_site_and_the_numbers(mixer_type):
     with pytest.raises(MixerError, match=r"layers\.0\.attn: 4 query heads .* 3 "):
         mixer_type.config_for(dataclasses.replace(SITE, kv_heads=3))

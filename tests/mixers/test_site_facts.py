@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from fla_swap.errors import MixerError
-from fla_swap.mixers import GLA, GatedDeltaNet, Softmax, Window
+from fla_swap.mixers import GLA, MIXERS, Softmax, Window
 from fla_swap.mixers.base import HeadNorm, read_projection
+from fla_swap.mixers.recurrent import RecurrentMixer
 from fla_swap.types import (
     ArgPath,
     AttentionSite,
@@ -26,6 +27,7 @@ from fla_swap.types import (
     WeightRef,
 )
 
+RECURRENT = [mixer for mixer in MIXERS if issubclass(mixer, RecurrentMixer)]
 D, H, HK, K, V, R = 24, 4, 2, 8, 6, 3
 SHAPES = {"q": (H * K, D), "k": (HK * K, D), "v": (HK * V, D), "o": (D, H * V), "gate": (H * V, D), "head_gate": (H, D)}
 SHAPES |= {"up": (H * K, R), "down": (R, D), "k_memory": (HK * K, 10), "v_memory": (HK * V, 10)}
@@ -133,7 +135,7 @@ def test_a_gate_for_each_head(weights, hidden, activation):
 
 @torch.no_grad()
 @pytest.mark.parametrize("expand_kv", [True, False])
-@pytest.mark.parametrize("mixer_type", [GLA, GatedDeltaNet])
+@pytest.mark.parametrize("mixer_type", RECURRENT)
 def test_recurrent_mixers_keep_the_sites_norms_and_gate(weights, hidden, mixer_type, expand_kv):
     """Normed value heads go in, and what comes out is normed over all heads, then scaled, then gated as the site's."""
     mixer = mixer_type.from_attention(SITE, weights, {"expand_kv": expand_kv, "conv_size": None})
@@ -153,7 +155,7 @@ def test_recurrent_mixers_keep_the_sites_norms_and_gate(weights, hidden, mixer_t
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer_type", [Window, GLA, GatedDeltaNet])
+@pytest.mark.parametrize("mixer_type", [Window, *RECURRENT])
 def test_a_state_carries_the_position_of_the_temperature(weights, hidden, mixer_type):
     """Without rotary embedding too: piece by piece and token by token equals the whole."""
     unrotated = dataclasses.replace(SITE, rope=None)
@@ -199,7 +201,7 @@ def test_a_norm_for_each_head_has_a_row_for_each():
     close(norm(x), torch.tensor([[[[1.0, 1, 1], [-2, 3, 4]]]]))
 
 
-@pytest.mark.parametrize("mixer_type", [Softmax, Window, GLA, GatedDeltaNet])
+@pytest.mark.parametrize("mixer_type", MIXERS)
 def test_the_facts_survive_json(mixer_type):
     config = mixer_type.config_for(SITE)
     again = mixer_type.config_class.from_options(json.loads(json.dumps(config.to_options())))

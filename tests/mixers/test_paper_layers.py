@@ -1,0 +1,164 @@
+"""The layers of the papers, `paper(…)`, against their formulas written as plain loops in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fla_swap.errors import MixerError
+from fla_swap.mixers import (
+    GLA,
+    HGRN2,
+    GLAConfig,
+    HGRN2Config,
+    Lightning,
+    LightningConfig,
+    Mamba2,
+    Mamba2Config,
+    RetNet,
+    RetNetConfig,
+)
+
+B, T, D, H = 2, 9, 12, 3
+
+
+def same(a, b, tolerance=1e-8):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def randomised(mixer):
+    """All parameters random, and an input."""
+    torch.manual_seed(3)
+    mixer = mixer.double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return mixer, torch.randn(B, T, D, dtype=torch.float64)
+
+
+def heads(*projected):
+    return [y.unflatten(-1, (H, -1)) for y in projected]
+
+
+def recurrence(q, k, v, decay):
+    """S = decay · S + k vᵀ, o = Sᵀ q; decay [B, T, H, K] or [B, T, H, K, V] or broadcastable."""
+    state, rows = torch.zeros(B, H, k.shape[-1], v.shape[-1], dtype=torch.float64), []
+    for t in range(T):
+        state = decay[:, t] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        rows.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(rows, 1)
+
+
+def rms(y, eps=1e-5):
+    return y / (y.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def convolved(x, weight, bias):
+    padded = F.pad(x.mT, (weight.shape[1] - 1, 0))
+    return F.silu(F.conv1d(padded, weight[:, None], bias, groups=weight.shape[0])).mT
+
+
+@torch.no_grad()
+def test_retnet():
+    """Rotary q and k, γ = 1 − 2^(−5−h), values twice as wide, group norm, swish gate."""
+    mixer, x = randomised(RetNet(RetNetConfig.paper(hidden_size=D, num_heads=H)))
+    assert mixer.v_head_dim == 2 * D // H and not mixer.log_rate.requires_grad
+    q, k, v = heads(mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x))
+    steps = torch.arange(T).double()
+    turn = torch.polar(torch.ones(T, 2).double(), steps[:, None] * torch.tensor([1.0, 0.01]).double())[:, None]
+    q, k = (torch.view_as_real(torch.complex(y[..., :2], y[..., 2:]) * turn).mT.flatten(-2) for y in (q, k))
+    gamma = 1 - 2.0 ** (-5 - torch.arange(H).double())
+    o = recurrence(q, k, v, gamma.view(1, 1, H, 1, 1).expand(B, T, -1, -1, -1)) / 2
+    o = F.layer_norm(o, (8,), eps=1e-5) * mixer.head_scale
+    o = o.flatten(2) * F.silu(mixer.gate.up(x))
+    same(mixer(x)[0], mixer.o_proj(o), 1e-5)  # decays and angles are made in fp32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 2])
+def test_lightning(layer):
+    """Decays of ALiBi's slopes, slower in later layers; swish on q and k; a norm over all heads."""
+    mixer, x = randomised(Lightning(LightningConfig.paper(hidden_size=D, num_heads=H, layer=layer, num_layers=4)))
+    q, k, v = heads(F.silu(mixer.q_proj(x)), F.silu(mixer.k_proj(x)), mixer.v_proj(x))
+    slopes = 2 ** (-8 / H * (torch.arange(H).double() + 1)) * (1 - layer / 3 + 1e-5)
+    o = recurrence(q, k, v, torch.exp(-slopes).view(1, 1, H, 1, 1).expand(B, T, -1, -1, -1))
+    o = rms(o.flatten(2)) * mixer.head_scale.flatten() * 2 * mixer.gate.up(x).sigmoid()
+    same(mixer(x)[0], mixer.o_proj(o), 1e-5)
+
+
+@torch.no_grad()
+def test_gla_with_gates_on_both_sides():
+    mixer, x = randomised(GLA(GLAConfig.paper(hidden_size=D, num_heads=H, value_decay=True, clamp_min=-0.05)))
+    q, k, v = heads(mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x))
+    g, gv = (
+        heads((F.logsigmoid(up(down(x))) / 16).clamp(min=-0.05))[0]
+        for up, down in ((mixer.gk_up, mixer.gk_down), (mixer.gv_up, mixer.gv_down))
+    )
+    o = recurrence(q, k, v, (g[..., None] + gv[..., None, :]).exp()) * mixer.head_dim**-0.5
+    o = (rms(o) * mixer.head_scale).flatten(2) * F.silu(mixer.gate.up(x))
+    same(mixer(x)[0], mixer.o_proj(o))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 3])
+def test_hgrn2(layer):
+    """Keys are what is forgotten, and no less than the layer's bound is kept."""
+    mixer, x = randomised(HGRN2(HGRN2Config.paper(hidden_size=D, num_heads=H, layer=layer, num_layers=4)))
+    q, z, v = heads(F.silu(mixer.q_proj(x)), mixer.k_proj(x), mixer.v_proj(x))
+    bound = mixer.bound_logit.sigmoid().view(H, -1) if layer else 0.0
+    f = bound + (1 - bound) * z.sigmoid()
+    o = rms(recurrence(q, 1 - f, v, f[..., None]).flatten(2)) * mixer.head_scale.flatten()
+    same(mixer(x)[0], mixer.o_proj(o))
+
+
+@torch.no_grad()
+def test_mamba2():
+    """The state space written out: h = exp(Δ A) h + Δ B x, y = C h + D x, then the gate, then the norm."""
+    mixer, x = randomised(Mamba2(Mamba2Config.paper(hidden_size=D, num_heads=H, head_dim=5)))
+    assert mixer.v_head_dim == 2 * D // H and mixer.k_proj.out_features == 5
+    line = torch.cat((mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)), -1)
+    c, b, u = convolved(line, mixer.conv.weight, mixer.conv.bias).split((5, 5, 24), -1)
+    u = u.unflatten(-1, (H, -1))
+    dt = F.softplus(mixer.dt_proj(x) + mixer.dt_bias)
+    y, state = torch.zeros(B, T, H, 8, dtype=torch.float64), torch.zeros(B, H, 8, 5, dtype=torch.float64)
+    for t in range(T):
+        state = state * torch.exp(-dt[:, t] * mixer.A_log.exp())[..., None, None]
+        state = state + dt[:, t, :, None, None] * u[:, t, :, :, None] * b[:, t, None, None, :]
+        y[:, t] = (state * c[:, t, None, None, :]).sum(-1) + mixer.D[:, None] * u[:, t]
+    y = rms(y.flatten(2) * F.silu(mixer.gate.up(x))) * mixer.head_scale.flatten()
+    same(mixer(x)[0], mixer.o_proj(y))
+
+
+def test_where_the_papers_layers_start():
+    mamba = Mamba2(Mamba2Config.paper(hidden_size=64, num_heads=32))
+    dt, rate = F.softplus(mamba.dt_bias), mamba.A_log.exp()
+    assert 0.001 <= dt.min() < 0.01 < dt.max() <= 0.1 and 1 <= rate.min() < 4 < 12 < rate.max() <= 16
+    assert mamba.D.eq(1).all()
+    for layer, bound in enumerate((0.0, 0.25, 0.5, 0.75)):
+        gate = HGRN2(HGRN2Config.paper(hidden_size=D, num_heads=H, layer=layer, num_layers=4))
+        assert gate.decay(torch.zeros(1, 1, D)).exp().min() >= bound
+        assert gate.bound_logit is None or gate.bound_logit.sigmoid().sub(bound).abs().max() < 1e-6
+
+
+def test_options_that_do_not_fit():
+    for words, build in {
+        "init_decay": lambda: RetNet(RetNetConfig(hidden_size=D, num_heads=H, init_decay="slow")),
+        r"3 heads .* 2 groups \(num_groups\)": lambda: Mamba2(Mamba2Config(hidden_size=D, num_heads=H, num_groups=2)),
+        "lower_bound": lambda: HGRN2(HGRN2Config(hidden_size=D, num_heads=H, lower_bound=1.0)),
+        "norm_kind": lambda: GLA(GLAConfig(hidden_size=D, num_heads=H, norm_kind="batch")),
+        "2 groups for a norm": lambda: GLA(GLAConfig(hidden_size=D, num_heads=H, norm_groups=2)),
+    }.items():
+        with pytest.raises(MixerError, match=words):
+            build()
+    with pytest.raises(MixerError, match="tied keys"):
+        HGRN2(HGRN2Config.paper(hidden_size=D, num_heads=H)).set_half_life_(torch.full((H,), 9.0))
+
+
+@torch.no_grad()
+def test_a_half_life_below_the_bound_becomes_the_shortest_possible():
+    gate = HGRN2(HGRN2Config(hidden_size=D, num_heads=1, lower_bound=0.5))
+    gate.set_half_life_(torch.tensor([0.5]))
+    assert math.isclose(gate.decay(torch.zeros(1, 1, D)).exp().mean(), 0.5, abs_tol=1e-3)
