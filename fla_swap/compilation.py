@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
+from fla_swap.decoding import Decoder, allocate, bucket, on_device, with_decode
 from fla_swap.errors import SwapError
-from fla_swap.hybrid import prepare_cache
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -67,8 +67,8 @@ class CompiledForward:
 class StaticCachePreparation:
     """Takes the place of `_prepare_cache_for_generation`: a static cache unless the caller asks for another one."""
 
-    def __init__(self, model: nn.Module, prepare: Callable[..., Any]):
-        self.model, self.prepare = model, prepare
+    def __init__(self, model: nn.Module, prepare: Callable[..., Any], decoder: Decoder):
+        self.model, self.prepare, self.decoder = model, prepare, decoder
 
     def __call__(
         self,
@@ -80,14 +80,22 @@ class StaticCachePreparation:
     ) -> Any:
         model: Any = self.model
         chosen = generation_config.cache_implementation is not None or generation_config.use_cache is False
-        rolls_back = generation_config.is_assistant or "assisted" in str(generation_mode).lower()
+        mode = str(generation_mode).lower()
+        rolls_back = generation_config.is_assistant or "assisted" in mode
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if not (chosen or rolls_back or model_kwargs.get("past_key_values") is not None):
             generation_config.cache_implementation = "static"
             max_cache_length = -(-max_cache_length // CACHE_STEP) * CACHE_STEP
+            single = mode.endswith(("sample", "greedy_search")) and not model.config.is_encoder_decoder
+            if single and not generation_config.return_dict_in_generate:
+                cache = self.decoder.cache(model, bucket(rows), max_cache_length)
+                if on_device(cache):
+                    model_kwargs["past_key_values"] = cache
+                    generation_config.cache_implementation = None
+                    return None
         result = self.prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, StaticCache):
-            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             allocate(model, cache, rows)
         return result
 
@@ -109,10 +117,14 @@ def compile(model: Model, *, backend: str = "inductor", cuda_graphs: bool | None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     graphs = device.type == "cuda" if cuda_graphs is None else cuda_graphs
     target: Any = model
+    forward = CompiledForward(target.forward, backend=backend, cuda_graphs=graphs)
     if hasattr(model, "_prepare_cache_for_generation"):
-        target._prepare_cache_for_generation = StaticCachePreparation(model, target._prepare_cache_for_generation)
+        decoder = Decoder(forward.many, cuda_graphs=graphs)
+        prepare = target._prepare_cache_for_generation
+        target._prepare_cache_for_generation = StaticCachePreparation(model, prepare, decoder)
         target._valid_auto_compile_criteria = _never
-    target.forward = CompiledForward(target.forward, backend=backend, cuda_graphs=graphs)
+        target.__class__ = with_decode(type(model), decoder)
+    target.forward = forward
     return model
 
 
@@ -123,17 +135,9 @@ def uncompile(model: Model) -> Model:
     for name in ("forward", "_prepare_cache_for_generation", "_valid_auto_compile_criteria"):
         if name in vars(model):
             delattr(model, name)
+    if "_sample" in vars(type(model)):
+        model.__class__ = type(model).__base__  # type: ignore[assignment]
     return model
-
-
-def allocate(model: nn.Module, cache: StaticCache, batch_size: int) -> None:
-    """Allocate everything in a static cache now, so that no compiled graph has to: states, then keys and values."""
-    prepare_cache(model, cache, batch_size)
-    target: Any = model
-    shape = target._get_static_cache_init_shape()
-    if shape is not None:
-        heads, head_dim = shape
-        cache.early_initialization(batch_size, heads, head_dim, target.dtype, target.device)
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:

@@ -34,6 +34,7 @@ STAGES = (
     "folders",
     "module_checkpoint",
     "checkpoint",
+    "decoding",
     "compilation",
     "distillation",
 )
@@ -53,6 +54,7 @@ COMPOSERS = {
         "structure",
         "verification",
     },
+    "compilation": {"decoding"},
     "distillation": {"swapping"},
     "parts": {"recording", "model_inputs"},
     "module_checkpoint": {"planning", "swapping", "folders"},
