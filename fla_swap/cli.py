@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from fla_swap.bench.commands import bench
 from fla_swap.consoles import err, log_to_console, out, progress_bar, resumable, show
 from fla_swap.errors import CheckpointError, FlaSwapError
 from fla_swap.options import (
@@ -45,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find a Transformer's attention, prove it, swap it, distil it, compile it, run it.",
 )
+app.add_typer(bench, name="bench")
 TEACHER = Path(__file__).resolve().parent.parent / "examples" / "teacher"
 PROMPT = 'def read_config(path, encoding=\'utf-8\'):\n    """Read'
 

@@ -1,0 +1,28 @@
+"""`fla-swap bench …`: the benchmarks as commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fla_swap.bench.operators import ops_command
+
+bench = typer.Typer(no_args_is_help=True, help="Measure: operators against floor and peer, numerics against float64.")
+bench.command("ops")(ops_command)
+
+
+@bench.command("numerics")
+def numerics_command(
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for numerics.json and numerics.md.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few shapes.")] = False,
+    case: Annotated[list[str] | None, typer.Option(help="Only this case; may be repeated.")] = None,
+) -> None:
+    """Every operator's output, state and gradients against its float64 reference; status 1 when a bar is missed."""
+    from fla_swap.bench import numerics
+
+    arguments = [f"--device={device}"] * bool(device) + [f"--out={folder}"] * bool(folder) + ["--quick"] * quick
+    sys.exit(numerics.main(arguments + [f"--case={name}" for name in case or ()]))
