@@ -318,4 +318,5 @@ def with_decode(kind: type[nn.Module], decoder: Decoder) -> type[nn.Module]:
             **model_kwargs,
         )
 
-    return type(kind.__name__, (kind,), {"_sample": _sample, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    content = {"_sample": _sample, "is_compiled_for_decoding": True}
+    return type(kind.__name__, (kind,), {**content, "__module__": kind.__module__, "__doc__": kind.__doc__})

@@ -28,9 +28,10 @@ def swap_(model: nn.Module, plan: SwapPlan, *, keep_originals: bool = True) -> n
         keep_originals: keep the replaced modules (outside `parameters()` and `state_dict()`), for `restore_` and as
             the teacher of alignment. False frees their memory.
     Raises:
-        SwapError: the plan is for another model, a layer cannot be built, or the model is swapped already.
+        SwapError: the plan is for another model, a layer cannot be built, or the model is swapped/compiled already.
     """
     given, model = model, uncompiled(model)
+    _refuse_compiled(model)
     swapped = [fqn for fqn, _ in swapped_layers(model)]
     if swapped:
         raise SwapError(f"this model is swapped already (first layer {swapped[0]}); restore_ it before another plan")
@@ -54,6 +55,7 @@ def restore_(model: nn.Module) -> nn.Module:
         SwapError: nothing is swapped, or the originals are gone (loaded from disk, or `keep_originals=False`).
     """
     given, model = model, uncompiled(model)
+    _refuse_compiled(model)
     layers = swapped_layers(model)
     if not layers:
         raise SwapError("this model is not swapped")
@@ -71,6 +73,12 @@ def restore_(model: nn.Module) -> nn.Module:
         become_plain(model)
         _forget_static_cache(model)
     return given
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Its decode steps hold graphs and caches of the layers as they are."""
+    if getattr(type(model), "is_compiled_for_decoding", False):
+        raise SwapError("this model is compiled (fs.compile); fs.uncompile(model) first, and compile again afterwards")
 
 
 def swapped_layers(model: nn.Module) -> list[tuple[str, SwappedAttention]]:

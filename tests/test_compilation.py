@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from fla_swap.compilation import CACHE_STEP, compile, uncompile
 from fla_swap.errors import SwapError
 from fla_swap.planning import plan
-from fla_swap.swapping import swap_
+from fla_swap.swapping import restore_, swap_
 
 
 def swapped(family="llama", mixer="gla", keep=(1,)):
@@ -109,6 +109,8 @@ def test_uncompile_gives_the_forward_back_and_compiling_twice_is_an_error():
     compile(model, backend="eager")
     with pytest.raises(SwapError, match="compiled already"):
         compile(model)
+    with pytest.raises(SwapError, match="uncompile"):
+        restore_(model)
     assert uncompile(model).forward == forward
     with pytest.raises(SwapError, match="not compiled"):
         uncompile(model)
