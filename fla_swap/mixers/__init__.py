@@ -10,10 +10,11 @@ from fla_swap.mixers.hgrn2 import HGRN2, HGRN2Config
 from fla_swap.mixers.lightning import Lightning, LightningConfig
 from fla_swap.mixers.mamba2 import Mamba2, Mamba2Config
 from fla_swap.mixers.retnet import RetNet, RetNetConfig
+from fla_swap.mixers.rwkv6 import RWKV6, RWKV6Config
 from fla_swap.mixers.softmax import Softmax, SoftmaxConfig
 from fla_swap.mixers.window import Window, WindowConfig
 
-MIXERS: tuple[type[TokenMixer], ...] = (Softmax, Window, RetNet, Lightning, GLA, HGRN2, Mamba2, GatedDeltaNet)
+MIXERS: tuple[type[TokenMixer], ...] = (Softmax, Window, RetNet, Lightning, GLA, HGRN2, Mamba2, RWKV6, GatedDeltaNet)
 
 
 def mixer_class(name: str) -> type[TokenMixer]:
@@ -28,6 +29,7 @@ __all__ = [
     "GLA",
     "HGRN2",
     "MIXERS",
+    "RWKV6",
     "GLAConfig",
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "Mamba2",
     "Mamba2Config",
     "MixerConfig",
+    "RWKV6Config",
     "RetNet",
     "RetNetConfig",
     "Softmax",

@@ -49,7 +49,7 @@ class RecurrentConfig(HeadsConfig):
         output_norm: norm before scale and gate, as in the papers; off, because it forgets how large the original's
             outputs were (converted layers learned much more slowly with it). norm_eps: its epsilon. norm_kind: "rms",
             or "layer" (the mean is subtracted). norm_groups: how many groups of heads are normed apart; None: each
-            head. norm_after_gate: gate first (Mamba2).
+            head. norm_after_gate: gate first (Mamba2). norm_bias: add a bias per channel to what is normed and scaled.
         output_gate: "sigmoid", "swish" or None; exactly 1 at the start. gate_rank: None for a full map.
         init_half_life: tokens in which a head's memory halves at the start, one number for all heads or one per head;
             None: spread from 64 to 1024.
@@ -69,6 +69,7 @@ class RecurrentConfig(HeadsConfig):
     norm_kind: str = "rms"
     norm_groups: int | None = None
     norm_after_gate: bool = False
+    norm_bias: bool = False
     output_gate: str | None = "sigmoid"
     gate_rank: int | None = None
     init_half_life: tuple[float, ...] | None = None
@@ -113,6 +114,7 @@ class RecurrentMixer(HeadsMixer):
             channels = sum(p.out_features for p in (self.q_proj, self.k_proj, self.v_proj))
             self.conv = ShortConv(channels, config.conv_size, config.conv_activation, bias=config.conv_bias)
         self.head_scale = nn.Parameter(torch.ones(self.heads, self.v_head_dim))
+        self.head_bias = nn.Parameter(torch.zeros(self.heads, self.v_head_dim)) if config.norm_bias else None
         self.gate = None
         if config.output_gate is not None:
             assert config.hidden_size
@@ -173,7 +175,9 @@ class RecurrentMixer(HeadsMixer):
     @torch.no_grad()
     def set_head_scale_(self, scale: Tensor) -> None:
         scale = scale if scale.ndim == 2 else scale[:, None]
-        self.head_scale.mul_(scale.to(self.head_scale))
+        for own in (self.head_scale, self.head_bias):
+            if own is not None:
+                own.mul_(scale.to(own))
 
     def half_lives(self) -> Tensor:
         """The configured half-lives in tokens, fp32 [H]."""
@@ -215,10 +219,10 @@ class RecurrentMixer(HeadsMixer):
             line, past = self.conv(torch.cat((q, k, v), -1), tokens, None if state is None else state["conv"])
             q, k, v = line.split((q.shape[-1], k.shape[-1], v.shape[-1]), -1)
             if past is not None:
-                _store(state, "conv", past)
+                store(state, "conv", past)
         if self.counts:
             counted, following = token_positions(x, tokens, None if state is None else state["position"])
-            _store(state, "position", following)
+            store(state, "position", following)
             positions = counted if positions is None else positions
         q, k, v = self.to_heads(q, k, v, positions, cos_sin)
         q, k = self.features(q, k)
@@ -231,7 +235,7 @@ class RecurrentMixer(HeadsMixer):
             initial = initial.clone()  # autograd keeps it, and the state itself changes below
         o, final = self.recur(inputs.decay, q, k, v, tokens, initial, decode=decode)
         if final is not None:
-            _store(state, "recurrent", final)
+            store(state, "recurrent", final)
         return self._finish(o, x, inputs.gate)
 
     def _finish(self, o: Tensor, x: Tensor, gate_input: Tensor) -> Tensor:
@@ -246,6 +250,7 @@ class RecurrentMixer(HeadsMixer):
         if gate is not None and self.config.norm_after_gate:
             y, gate = y * gate, None
         y = self.norm_output(y) * wide(self.head_scale)
+        y = y if self.head_bias is None else y + wide(self.head_bias)
         y = y if gate is None else y * gate
         return self.open_gate(y, x).to(dtype)
 
@@ -266,6 +271,8 @@ class RecurrentMixer(HeadsMixer):
     def load_attention(self, site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
         super().load_attention(site, weights)
         self.head_scale.fill_(1)
+        if self.head_bias is not None:
+            self.head_bias.zero_()
         if self.conv is not None:
             self.conv.reset()
         if self.gate is not None:
@@ -283,7 +290,7 @@ def share_heads(x: Tensor, heads: int) -> Tensor:
     return x if repeats == 1 else x.repeat_interleave(repeats, 2)
 
 
-def _store(state: State | None, name: str, value: Tensor) -> None:
+def store(state: State | None, name: str, value: Tensor) -> None:
     """Write into a state at its fixed address."""
     if state is not None:
         state[name].copy_(value.detach())

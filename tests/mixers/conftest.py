@@ -13,6 +13,7 @@ from fla_swap.mixers import (
     LightningConfig,
     Mamba2Config,
     RetNetConfig,
+    RWKV6Config,
     WindowConfig,
 )
 from fla_swap.types import Norm, Rope, WeightRef
@@ -50,6 +51,10 @@ CONFIGS = {
     "hgrn2_bound": HGRN2Config(lower_bound=0.3, expand_kv=False, **HEADS),
     "mamba2": Mamba2Config(**HEADS),
     "mamba2_all": Mamba2Config.paper(hidden_size=24, num_heads=4, head_dim=8, num_groups=2, norm_groups=2),
+    "rwkv6": RWKV6Config(**HEADS),
+    "rwkv6_all": RWKV6Config.paper(
+        hidden_size=24, num_heads=4, layer=1, num_layers=3, mix_rank=3, decay_rank=2, conv_size=2
+    ),
 }  # fmt: skip
 CLASSES = {mixer.name: mixer for mixer in MIXERS}
 

@@ -14,6 +14,7 @@ from fla_swap.mixers import (
     GLA,
     HGRN2,
     MIXERS,
+    RWKV6,
     GatedDeltaNet,
     GatedDeltaNetConfig,
     GLAConfig,
@@ -137,6 +138,19 @@ def test_mixers_with_gated_decay_start_as_gla_does(weights, hidden, mixer_type):
     gla = GLA.from_attention(SITE, weights, options | {"balanced": mixer_type is HGRN2})
     mixer = mixer_type.from_attention(SITE, weights, options)
     torch.testing.assert_close(mixer(hidden)[0], gla(hidden)[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rwkv6_starts_as_gla_with_memories_one_step_younger(weights, hidden):
+    """Tokens unmixed; the token itself counts in full, the one before is not decayed yet."""
+    options = {"init_half_life": [8.0], "scale": 0.4}
+    gla = GLA.from_attention(SITE, weights, options).head_outputs
+    mixer = RWKV6.from_attention(SITE, weights, options)
+    before = torch.cat([gla(hidden)[:, :1]] * 11, 1)
+    for t in range(1, 11):  # γ · o_rwkv6 = o_gla + (γ − 1) · (what the token itself contributes)
+        own = gla(hidden, positions=torch.arange(11)[None], starts=torch.arange(11)[None].expand(2, -1) == t)[:, t]
+        before[:, t] = (gla(hidden)[:, t] - own) / 0.5 ** (1 / 8) + own
+    torch.testing.assert_close(mixer.head_outputs(hidden), before, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from fla_swap.errors import MixerError
 from fla_swap.mixers import (
     GLA,
     HGRN2,
+    RWKV6,
     GLAConfig,
     HGRN2Config,
     Lightning,
@@ -20,6 +21,7 @@ from fla_swap.mixers import (
     Mamba2Config,
     RetNet,
     RetNetConfig,
+    RWKV6Config,
 )
 
 B, T, D, H = 2, 9, 12, 3
@@ -130,6 +132,35 @@ def test_mamba2():
         y[:, t] = (state * c[:, t, None, None, :]).sum(-1) + mixer.D[:, None] * u[:, t]
     y = rms(y.flatten(2) * F.silu(mixer.gate.up(x))) * mixer.head_scale.flatten()
     same(mixer(x)[0], mixer.o_proj(y))
+
+
+@torch.no_grad()
+def test_rwkv6():
+    """Five mixes with the token before, a decay that depends on the token, the bonus, group norm with a bias."""
+    mixer, x = randomised(RWKV6(RWKV6Config.paper(hidden_size=D, num_heads=H, mix_rank=2, decay_rank=3)))
+    change = F.pad(x, (0, 0, 1, -1)) - x
+    ranks = torch.tanh((x + change * mixer.mix_first) @ mixer.mix_down.weight.T).unflatten(-1, (5, 2))
+    mixed = [x + change * (mixer.mix[i] + ranks[:, :, i] @ mixer.mix_up[i]) for i in range(5)]
+    q, k, v = heads(mixer.q_proj(mixed[0]), mixer.k_proj(mixed[1]), mixer.v_proj(mixed[2]))
+    w = heads(mixer.decay_up(torch.tanh(mixer.decay_down(mixed[3]))))[0]
+    state, rows = torch.zeros(B, H, 4, 4, dtype=torch.float64), []
+    for t in range(T):
+        now = k[:, t, :, :, None] * v[:, t, :, None]
+        rows.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state + mixer.bonus[..., None] * now))
+        state = torch.exp(-w[:, t].exp())[..., None] * state + now
+    o = F.layer_norm(torch.stack(rows, 1), (4,), eps=64e-5) * mixer.head_scale + mixer.head_bias
+    same(mixer(x)[0], mixer.o_proj(o.flatten(2) * F.silu(mixer.gate.up(mixed[4]))))
+
+
+def test_where_rwkv6_starts():
+    """The first layer mixes most in its first channels and forgets fastest in its last ones; later layers less so."""
+    first, last = (RWKV6(RWKV6Config.paper(hidden_size=64, num_heads=4, layer=layer, num_layers=6)) for layer in (0, 5))
+    for mixer in (first, last):
+        assert mixer.mix[1, 0] == 1 and mixer.mix[1, -1] < mixer.mix[1, 20]
+        assert mixer.decay_up.bias[0] == -6 and -1.01 < mixer.decay_up.bias[-1] <= -1
+        assert mixer.decay_up.weight.eq(0).all() and mixer.mix_down.weight.eq(0).all()
+    assert torch.allclose(first.bonus.flatten()[:3], torch.tensor([0.0, 0.1, -0.1]))
+    assert torch.allclose(last.bonus.flatten()[:1], torch.tensor([1.0])) and first.mix[1, 20] > last.mix[1, 20]
 
 
 def test_where_the_papers_layers_start():
