@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from fla_swap.capture import capture
-from fla_swap.errors import CaptureError
+from fla_swap.errors import CaptureError, FlaSwapError
 from fla_swap.exporting import quiet
 from fla_swap.lengths import far_lengths, free_length, rope_limit
 from fla_swap.matching import MatchResult, match
@@ -23,6 +23,7 @@ from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.cores import mask_lengths, table_lengths
 from fla_swap.patterns.graph import CapturedGraph
 from fla_swap.patterns.hints import repeats
+from fla_swap.patterns.parts import unread
 from fla_swap.types import AttentionSite
 from fla_swap.verification import weights_of
 from fla_swap.wrappers import config_of
@@ -32,6 +33,8 @@ LONGEST = 8192
 LONGEST_TABLE = 4096
 FAR = 1024
 LARGEST_GRAPH = 8000
+BEYOND_A_TABLE = (IndexError, RuntimeError)
+"""What a graph raises whose positions go beyond the end of a stored table."""
 
 
 class TwoCaptures:
@@ -63,6 +66,15 @@ class TwoCaptures:
             self.resize = resizable(self.model, self.example, self.longest)
 
     def match(self) -> MatchResult:
+        """The sites, not yet proved. Raises CaptureError for a model that cannot be captured, or read as a whole."""
+        try:
+            return self._either_way()
+        except FlaSwapError:
+            raise
+        except Exception as error:  # whatever a graph that nobody has seen does to the matcher
+            raise CaptureError(f"{type(self.model).__name__}: {unread(error)}") from error
+
+    def _either_way(self) -> MatchResult:
         known = list(self.notes)
         matched = self._match()
         if self.example is None or (matched.varied and matched.sites):
@@ -122,8 +134,8 @@ class TwoCaptures:
                 limit = length
                 continue
             try:
-                matched = match((first, second), self.catalogue, rope_limit=self.rope_limit)
-            except (IndexError, RuntimeError):  # a position beyond the end of a table
+                matched = match((first, second), self.catalogue, rope_limit=self.rope_limit, passing=BEYOND_A_TABLE)
+            except BEYOND_A_TABLE:
                 limit = length
                 continue
             self.checked, self.longest = length, min(near, length)

@@ -9,11 +9,12 @@ from torch import nn
 
 from fla_swap.captures import SHORT, TwoCaptures
 from fla_swap.contract import derive_contract, find_entry, readings
-from fla_swap.errors import CaptureError, VerificationError
+from fla_swap.errors import CaptureError, FlaSwapError, VerificationError
 from fla_swap.graph_proof import finish_in_graph
 from fla_swap.matching import MATCHED
 from fla_swap.model_inputs import Inputs, given_tokens, takes_cache
 from fla_swap.ownership import read_outside
+from fla_swap.patterns.parts import unread
 from fla_swap.patterns.region import Region
 from fla_swap.recording import CacheRecord, CallRecord, record_cache, record_calls
 from fla_swap.structure import ProveOnce
@@ -44,10 +45,15 @@ class Finisher:
         sites: list[AttentionSite] = []
         misses: list[NearMiss] = []
         for site in found:
-            if site.place == "graph":
-                done = self._in_graph(site, verify, length)
-            else:
-                done = self._finish_one(site, records.get(site.fqn), caches.get(site.fqn), inputs, verify)
+            try:
+                if site.place == "graph":
+                    done = self._in_graph(site, verify, length)
+                else:
+                    done = self._finish_one(site, records.get(site.fqn), caches.get(site.fqn), inputs, verify)
+            except FlaSwapError:
+                raise
+            except Exception as error:  # whatever a module that nobody has seen does to the proof
+                done = _miss(site, "proof", unread(error), MATCHED)
             if isinstance(done, NearMiss):
                 misses.append(done)
             else:

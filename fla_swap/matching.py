@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fla_swap.errors import CaptureError, NoValue
+from fla_swap.errors import CaptureError, FlaSwapError, NoValue
 from fla_swap.patterns.base import Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
-from fla_swap.patterns.cores import core_facts, core_nodes, groups, sized, token_counts
+from fla_swap.patterns.cores import Failed, core_facts, core_nodes, groups, sized, token_counts
 from fla_swap.patterns.graph import CapturedGraph, NotLayout, modules_of, op_name, shape, source_of
 from fla_swap.patterns.heads import HeadsRefused, number_outputs, read_order
 from fla_swap.patterns.latent import name_series
 from fla_swap.patterns.output import Boundary, Output, OutwardsRefused, Places, check_order, output_facts
-from fla_swap.patterns.parts import Part, Stop, agree
+from fla_swap.patterns.parts import Part, Stop, agree, unread
 from fla_swap.patterns.path import Path, paths_disagree, projected_elsewhere, walk_path
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.region import Region, apart_by_factor, find_place, separate
@@ -51,14 +51,24 @@ class MatchResult:
     regions: Mapping[str, Region] = field(default_factory=dict)
 
 
-def match(graphs: Sequence[CapturedGraph], patterns: Catalogue, *, rope_limit: int | None = None) -> MatchResult:
+def match(
+    graphs: Sequence[CapturedGraph],
+    patterns: Catalogue,
+    *,
+    rope_limit: int | None = None,
+    passing: tuple[type[Exception], ...] = (),
+) -> MatchResult:
     """Match the same model captured at two (or more) lengths; heads are traced on the first graph.
 
-    `rope_limit`: the longest input for which the rotary frequencies of the first graph hold.
+    `rope_limit`: the longest input for which the rotary frequencies of the first graph hold. `passing`: errors of the
+    graph's own code that the caller wants to see; any other makes a near miss of the core that it happened at.
 
     Raises CaptureError when the graphs do not have the same cores: the model takes another path at another length.
     """
     cores = [core_nodes(g, patterns) for g in graphs]
+    for failed in (r.error for c in cores for _, r in c if isinstance(r, Failed)):
+        if isinstance(failed, passing):
+            raise failed
     if len({tuple(op_name(n) for n, _ in c) for c in cores}) != 1:
         raise CaptureError(f"at lengths {[g.length for g in graphs]} the model runs different attention code")
     found: list[tuple[AttentionSite, Boundary, bool]] = []
@@ -75,6 +85,10 @@ def match(graphs: Sequence[CapturedGraph], patterns: Catalogue, *, rope_limit: i
             misses.append(attempt.near_miss(attempt.explained(stop)))
         except NoValue as unknown:
             misses.append(attempt.near_miss(Stop("values", str(unknown), members[0][0])))
+        except (FlaSwapError, *passing):
+            raise
+        except Exception as error:  # whatever code that nobody has seen does to the matcher
+            misses.append(attempt.near_miss(Stop("matcher", unread(error), members[0][0])))
     varied = any(len({(v.length, v.keys) for v in views}) > 1 for views in token_counts(cores, graphs))
     sites, regions = separate(found, graphs[0])
     misses.sort(key=lambda m: -m.progress)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from fla_swap.patterns.base import Absent, Found, Refused
+from fla_swap.errors import FlaSwapError
+from fla_swap.patterns.base import ABSENT, Absent, Found, Refused, Result
 from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.graph import CapturedGraph, modules_of, op_name, shape, source_of
 from fla_swap.patterns.hints import before_projections, cone, table_sizes, thresholds
 from fla_swap.patterns.mask import length_hints
 from fla_swap.patterns.output import Output, find_output
-from fla_swap.patterns.parts import Stop
+from fla_swap.patterns.parts import Stop, unread
+
+
+@dataclass(frozen=True)
+class Failed(Refused):
+    """A refusal because a recogniser raised `error`."""
+
+    error: Exception | None = None
 
 
 def core_nodes(graph: CapturedGraph, patterns: Catalogue) -> list[tuple[fx.Node, Any]]:
@@ -24,14 +33,27 @@ def core_nodes(graph: CapturedGraph, patterns: Catalogue) -> list[tuple[fx.Node,
     for node in graph.nodes:
         if node.op != "call_function" or not graph.is_open(node):
             continue
-        results = [r.match(node, graph) for r in patterns.cores]
-        result = next((r for r in results if not isinstance(r, Absent)), results[0])
+        result = _asked(node, graph, patterns)
         if not isinstance(result, Absent) or "softmax" in op_name(node):
             found.append((node, result))
     inner = {n for node, r in found if not isinstance(r, Absent) for n in getattr(r, "nodes", ()) if n is not node}
     found = [(node, r) for node, r in found if node not in inner]
     graph.known["cores"] = found
     return found
+
+
+def _asked(node: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> Result:
+    """What the first core recogniser says that knows the node; one that fails on it refuses it."""
+    for recogniser in patterns.cores:
+        try:
+            result = recogniser.match(node, graph)
+        except FlaSwapError:
+            raise
+        except Exception as error:  # whatever a graph that nobody has seen does to it
+            return Failed(unread(error), node, error=error)
+        if not isinstance(result, Absent):
+            return result
+    return ABSENT
 
 
 def core_facts(node: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> dict[str, Any]:

@@ -105,10 +105,7 @@ class CapturedGraph:
                         self._open.add(alias_root(node))
 
     def _propagates(self, node: fx.Node) -> bool:
-        if node.target in SHAPE_ONLY:
-            return False
-        inputs = node.all_input_nodes[:1] if node.target in FIRST_ONLY else node.all_input_nodes
-        return any(n in self._open for n in inputs)
+        return any(n in self._open for n in read_inputs(node))
 
     def sized(
         self, *, length: int, batch: int | None = None, keys: int | None = None, time_first: bool = False
@@ -139,8 +136,7 @@ class CapturedGraph:
 
     def open_inputs(self, node: fx.Node) -> list[fx.Node]:
         """The distinct inputs of `node` that carry data."""
-        inputs = node.all_input_nodes[:1] if node.target in FIRST_ONLY else node.all_input_nodes
-        return [n for n in inputs if n in self._open]
+        return [n for n in read_inputs(node) if n in self._open]
 
     def order(self, node: fx.Node) -> int:
         return self._order[node]
@@ -218,12 +214,7 @@ class CapturedGraph:
             if node in needed or node in known:
                 continue
             needed.add(node)
-            if node.target in SHAPE_ONLY:
-                continue
-            if node.target in FIRST_ONLY:
-                stack.append(node.all_input_nodes[0])
-            else:
-                stack.extend(node.all_input_nodes)
+            stack.extend(read_inputs(node))
 
     def _execute(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
         if node.op == "placeholder":
@@ -316,6 +307,13 @@ class CapturedGraph:
         while node.target in CAST and node.all_input_nodes:
             node = node.all_input_nodes[0]
         return node
+
+
+def read_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose values a node reads; of the others it reads the shape or the dtype alone."""
+    if node.target in SHAPE_ONLY:  # a size may be a number that was computed
+        return [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), Tensor)]
+    return node.all_input_nodes[:1] if node.target in FIRST_ONLY else node.all_input_nodes
 
 
 def shape(node: Any) -> tuple[int, ...] | None:

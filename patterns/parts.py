@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,16 @@ class Stop(Exception):
     def __init__(self, slot: str, reason: str, node: fx.Node):
         super().__init__(reason)
         self.slot, self.reason, self.node = slot, reason, node
+
+
+def unread(error: Exception) -> str:
+    """Why code that a recogniser or the matcher failed on is refused: which error it was, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename] or frames
+    where = f" ({own[-1].filename.rpartition('/')[2]}:{own[-1].lineno})" if own else ""
+    lines = str(error).strip().splitlines()
+    said = f": {lines[0][:200]}" if lines else ""
+    return f"fla_swap could not read this code, {type(error).__name__}{said}{where}: please report it"
 
 
 @dataclass(frozen=True, kw_only=True)

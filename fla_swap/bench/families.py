@@ -236,8 +236,8 @@ class Table:
 
 
 def _read(line: str) -> Result:
-    values = json.loads(line)
-    return Result(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in json.loads(line).items()}
+    return Result(**values)
 
 
 def markdown(results: list[Result], about: dict[str, str], left: int = 0) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,10 @@ from fla_swap.errors import ConfigError
 WANTED = [("llama", "decoder", "sdpa"), ("llama", "decoder", "eager"), ("t5", "decoder", "sdpa")]
 
 
-def result(number: int, **own: object) -> Result:
+def result(number: int, **own: Any) -> Result:
     family, group, implementation = WANTED[number]
-    common = {"family": family, "group": group, "implementation": implementation, "stage": "inspected"}
-    return Result(**{**common, **own})  # type: ignore[arg-type]
+    common: dict[str, Any] = {"family": family, "group": group, "implementation": implementation, "stage": "inspected"}
+    return Result(**{**common, **own})
 
 
 def start(folder: Path, resume: bool = False) -> Table:
