@@ -67,10 +67,10 @@ class Sized(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("steps", torch.arange(4))
+        self.steps = nn.Buffer(torch.arange(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + x.new_ones(int(self.steps.max()) + 2).sum()
+        return x + x.new_ones(int(self.steps.max().item()) + 2).sum()
 
 
 def test_a_table_whose_size_was_computed_has_that_size() -> None:
