@@ -13,6 +13,7 @@ from fla_swap.kernels.fused.ops import (
     short_conv,
     short_conv_step,
 )
+from fla_swap.kernels.scan.ops import hgrn, hgrn_step, selective_scan, selective_scan_step
 from fla_swap.kernels.window.ops import WindowState, new_window_state, window_attention, window_attention_step
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "gated_rms_norm",
     "gla",
     "gla_step",
+    "hgrn",
+    "hgrn_step",
     "linear_attention",
     "linear_cross_entropy",
     "linear_kl",
@@ -32,6 +35,8 @@ __all__ = [
     "rms_norm",
     "rwkv6",
     "rwkv6_step",
+    "selective_scan",
+    "selective_scan_step",
     "short_conv",
     "short_conv_step",
     "simple_gla",

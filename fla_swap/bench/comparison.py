@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 CASE_MODULES = (
     "fla_swap.kernels.decay.reference",
     "fla_swap.kernels.delta.reference",
+    "fla_swap.kernels.scan.reference",
     "fla_swap.kernels.window.reference",
     "fla_swap.kernels.fused.reference",
 )

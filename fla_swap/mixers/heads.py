@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,8 @@ class HeadsMixer(TokenMixer):
     """
 
     config: HeadsConfig
+    has_keys: ClassVar[bool] = True
+    """Whether it has q_proj, k_proj, their norms and a rotary embedding."""
 
     def __init__(self, config: HeadsConfig, *, expand_kv: bool = False, qk_heads: int | None = None):
         super().__init__(config)
@@ -77,17 +79,18 @@ class HeadsMixer(TokenMixer):
         self.kv_heads = config.num_heads if expand_kv else kv_heads
         self.q_heads, self.k_heads = qk_heads or self.heads, qk_heads or self.kv_heads
         self.head_dim, self.v_head_dim = config.head_dim, config.v_head_dim or config.head_dim
-        self.rope = config.rope
+        self.rope = config.rope if self.has_keys else None
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, self.q_heads * self.head_dim, bias=bool(config.q_bias))
-        self.k_proj = nn.Linear(hidden, self.k_heads * self.head_dim, bias=bool(config.k_bias))
+        if self.has_keys:
+            self.q_proj = nn.Linear(hidden, self.q_heads * self.head_dim, bias=bool(config.q_bias))
+            self.k_proj = nn.Linear(hidden, self.k_heads * self.head_dim, bias=bool(config.k_bias))
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.v_head_dim, bias=bool(config.v_bias))
         width = self.heads * self.v_head_dim
         bare = config.output_proj is False
         outputs = config.output_size or hidden
         self.o_proj = nn.Identity() if bare else nn.Linear(width, outputs, bias=bool(config.o_bias))
-        self.q_norm = HeadNorm(config.q_norm, self.q_heads, self.head_dim) if config.q_norm else None
-        self.k_norm = HeadNorm(config.k_norm, self.k_heads, self.head_dim) if config.k_norm else None
+        self.q_norm = HeadNorm(config.q_norm, self.q_heads, self.head_dim) if config.q_norm and self.has_keys else None
+        self.k_norm = HeadNorm(config.k_norm, self.k_heads, self.head_dim) if config.k_norm and self.has_keys else None
         self.v_norm = HeadNorm(config.v_norm, self.kv_heads, self.v_head_dim) if config.v_norm else None
         self.o_norm = HeadNorm(config.o_norm, self.heads, self.v_head_dim) if config.o_norm else None
         gate = config.gate
@@ -125,13 +128,16 @@ class HeadsMixer(TokenMixer):
         }
 
     def load_attention(self, site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
-        copy_linear(self.q_proj, *read_projection(weights, site.q))
+        copies = [(self.v_proj, site.v)]
+        if self.has_keys:
+            copy_linear(self.q_proj, *read_projection(weights, site.q))
+            copies.append((self.k_proj, site.k))
         if site.o is not None and isinstance(self.o_proj, nn.Linear):
             copy_linear(self.o_proj, *read_projection(weights, site.o))
         if site.gate is not None and self.gate_proj is not None:
             copy_linear(self.gate_proj, *read_projection(weights, site.gate.projection))
         repeats = self.kv_heads // site.kv_heads
-        for own, projection in ((self.k_proj, site.k), (self.v_proj, site.v)):
+        for own, projection in copies:
             weight, bias = read_projection(weights, projection)
             bias = None if bias is None else repeat_heads(bias, site.kv_heads, repeats)
             copy_linear(own, repeat_heads(weight, site.kv_heads, repeats), bias)
@@ -165,9 +171,7 @@ class HeadsMixer(TokenMixer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K], k [B, T, HK, K], v [B, T, HK, V]: split, normed, rotated (positions default to 0, 1, …)."""
         q, k = q.unflatten(-1, (self.q_heads, -1)), k.unflatten(-1, (self.k_heads, -1))
-        v = v.unflatten(-1, (self.kv_heads, -1))
-        v = v if self.v_norm is None else self.v_norm(v)
-        v = v if self.config.v_scale in (None, 1.0) else v * self.config.v_scale
+        v = self.to_value_heads(v)
         if not self.config.norm_after_rope:
             q, k = self._norm(q, k)
         rope = self.rope
@@ -181,6 +185,12 @@ class HeadsMixer(TokenMixer):
         if self.config.temperature is not None:
             q = q * temperature_of(self.config.temperature, positions_like(q) if positions is None else positions, q)
         return q, k, v
+
+    def to_value_heads(self, v: Tensor) -> Tensor:
+        """v [B, T, HK, V] of [B, T, HK·V]: split, normed and scaled."""
+        v = v.unflatten(-1, (self.kv_heads, -1))
+        v = v if self.v_norm is None else self.v_norm(v)
+        return v if self.config.v_scale in (None, 1.0) else v * self.config.v_scale
 
     def finish(self, heads: Tensor, x: Tensor) -> Tensor:
         """The site's own norm and gate on the heads' outputs [B, T, H, V]; x [B, T, D] feeds the gate."""
@@ -199,7 +209,7 @@ class HeadsMixer(TokenMixer):
         """W [D, H·V] of y = heads · Wᵀ: o_proj's weight, or the identity where there is none."""
         if isinstance(self.o_proj, nn.Linear):
             return self.o_proj.weight
-        like = self.q_proj.weight
+        like = self.v_proj.weight
         return torch.eye(self.heads * self.v_head_dim, device=like.device, dtype=like.dtype)
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from fla_swap.errors import MixerError
 from fla_swap.mixers.base import MixerConfig, wide
 from fla_swap.mixers.decay import DecayConfig, DecayMixer, Gated
 from fla_swap.mixers.parts import activate, log_decay_of
-from fla_swap.mixers.recurrent import share_heads
+from fla_swap.mixers.stateful import share_heads
 from fla_swap.types import AttentionSite
 
 

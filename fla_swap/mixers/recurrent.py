@@ -1,4 +1,4 @@
-"""What the mixers with a matrix state per head share: convolution, positions, state, output norm, scale and gate.
+"""What the mixers with a matrix state per head share: queries and keys, positions, the state.
 
 Legend for shapes: B batch, T time, D hidden size, H heads, HK key/value heads, K key width, V value width, N sequences.
 """
@@ -6,81 +6,40 @@ Legend for shapes: B batch, T time, D hidden size, H heads, HK key/value heads, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fla_swap.errors import MixerError
-from fla_swap.mixers.base import MixerConfig, State, share, wide
-from fla_swap.mixers.heads import HeadsConfig, HeadsMixer
-from fla_swap.mixers.parts import (
-    OutputGate,
-    ShortConv,
-    Tokens,
-    activate,
-    check_activation,
-    head_rms_norm,
-    spread_half_lives,
-    token_positions,
-)
+from fla_swap.mixers.base import MixerConfig, State
+from fla_swap.mixers.parts import Tokens, activate, check_activation, token_positions
+from fla_swap.mixers.stateful import StatefulConfig, StatefulMixer, share_heads, store
 from fla_swap.types import AttentionSite
 
 MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecurrentConfig(HeadsConfig):
-    """Options of the mixers with a matrix state.
+class RecurrentConfig(StatefulConfig):
+    """Options of the mixers with a matrix state; see also `StatefulConfig`. The convolution acts on q, k and v, before
+    the heads' norms and rotation.
 
     Args:
-        expand_k, expand_v: all key (value) heads together are this many times as wide as the hidden states, where
-            `head_dim` (`v_head_dim`) is None; on a swap the site's widths hold.
+        expand_k: as `expand_v`, for q and k and `head_dim`.
         scale: factor on q; None: the mixer's own default.
-        expand_kv: give every query head its own copy of the site's key/value projections (grouped heads then train
-            apart); False keeps the projections grouped and repeats heads at run time.
         use_rope: rotate q and k as the site does (HyPE keeps it in linear layers); False drops it.
-        conv_size: taps of the causal convolution on q, k and v before the heads' norms and rotation (identity at the
-            start); None: no convolution. conv_bias: give it a bias, 0 at the start.
-        conv_activation: None or "silu" (as in the papers; not the identity, hence off on a swap).
         qk_activation: feature map on q and k: None, "silu", "relu" or "elu".
-        output_norm: norm before scale and gate, as in the papers; off, because it forgets how large the original's
-            outputs were (converted layers learned much more slowly with it). norm_eps: its epsilon. norm_kind: "rms",
-            or "layer" (the mean is subtracted). norm_groups: how many groups of heads are normed apart; None: each
-            head. norm_after_gate: gate first (Mamba2). norm_bias: add a bias per channel to what is normed and scaled.
-        output_gate: "sigmoid", "swish" or None; exactly 1 at the start. gate_rank: None for a full map.
-        init_half_life: tokens in which a head's memory halves at the start, one number for all heads or one per head;
-            None: spread from 64 to 1024.
     """
 
     expand_k: float = 1.0
-    expand_v: float = 1.0
     scale: float | None = None
-    expand_kv: bool = True
     use_rope: bool = True
-    conv_size: int | None = None
-    conv_bias: bool = False
-    conv_activation: str | None = None
     qk_activation: str | None = None
-    output_norm: bool = False
-    norm_eps: float = 1e-5
-    norm_kind: str = "rms"
-    norm_groups: int | None = None
-    norm_after_gate: bool = False
-    norm_bias: bool = False
-    output_gate: str | None = "sigmoid"
-    gate_rank: int | None = None
-    init_half_life: tuple[float, ...] | None = None
 
-    def widths(self, hidden_size: int, num_heads: int) -> dict[str, int]:
-        found, where = {}, type(self).__name__
-        if self.head_dim is None:
-            found["head_dim"] = share(self.expand_k * hidden_size, num_heads, where)
-        if self.v_head_dim is None and (self.head_dim is None or self.expand_v != 1):
-            found["v_head_dim"] = share(self.expand_v * hidden_size, num_heads, where)
-        return found
+    def expand_of_keys(self) -> float:
+        return self.expand_k
 
 
 class Inputs(NamedTuple):
@@ -93,33 +52,19 @@ class Inputs(NamedTuple):
     gate: Tensor
 
 
-class RecurrentMixer(HeadsMixer):
+class RecurrentMixer(StatefulMixer):
     """A mixer whose state is a K × V matrix per head, in fp32. Subclasses implement `recur` and their gates.
 
     State: "recurrent" [N, H, K, V] fp32; "conv" [N, conv_size − 1, C]; "position" int64 [N] when they depend on it.
-    No gradient flows from one call to the next through it.
     """
 
     config: RecurrentConfig
-    calibratable = True
 
     def __init__(self, config: RecurrentConfig, *, qk_heads: int | None = None):
-        super().__init__(config, expand_kv=config.expand_kv, qk_heads=qk_heads)
-        config = self.config
-        check_recurrent(config, self.name)
-        if not config.use_rope:
+        super().__init__(config, qk_heads=qk_heads)
+        check_recurrent(self.config, self.name)
+        if not self.config.use_rope:
             self.rope = None
-        self.conv = None
-        if config.conv_size:
-            channels = sum(p.out_features for p in (self.q_proj, self.k_proj, self.v_proj))
-            self.conv = ShortConv(channels, config.conv_size, config.conv_activation, bias=config.conv_bias)
-        self.head_scale = nn.Parameter(torch.ones(self.heads, self.v_head_dim))
-        self.head_bias = nn.Parameter(torch.zeros(self.heads, self.v_head_dim)) if config.norm_bias else None
-        self.gate = None
-        if config.output_gate is not None:
-            assert config.hidden_size
-            width = self.heads * self.v_head_dim
-            self.gate = OutputGate(config.hidden_size, width, config.output_gate, config.gate_rank)
 
     @classmethod
     def complete(cls, config: MixerConfig, site: AttentionSite) -> MixerConfig:
@@ -129,61 +74,17 @@ class RecurrentMixer(HeadsMixer):
             config = dataclasses.replace(config, rope=None)
         return super().complete(config, site)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        state: State | None = None,
-        output_state: bool = False,
-        valid: Tensor | None = None,
-        starts: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        positions: Tensor | None = None,
-        cos_sin: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, State | None]:
-        tokens = Tokens(valid, starts, cu_seqlens)
-        if state is None and output_state:
-            state = self._new_state(hidden_states, cu_seqlens)
-        heads = self._mix(hidden_states, tokens, state, positions, cos_sin)
-        return self.o_proj(heads.flatten(2)), state
-
-    def head_outputs(
-        self,
-        hidden_states: Tensor,
-        *,
-        state: State | None = None,
-        output_state: bool = False,
-        valid: Tensor | None = None,
-        starts: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        positions: Tensor | None = None,
-        cos_sin: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        return self._mix(hidden_states, Tokens(valid, starts, cu_seqlens), state, positions, cos_sin)
+    def conv_channels(self) -> int:
+        return sum(p.out_features for p in (self.q_proj, self.k_proj, self.v_proj))
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide_dtype = torch.promote_types(dtype, torch.float32)
         shape = (batch_size, self.heads, self.head_dim, self.v_head_dim)
         state = {"recurrent": torch.zeros(shape, device=device, dtype=wide_dtype)}
-        if self.conv is not None:
-            shape = (batch_size, self.conv.taps - 1, self.conv.weight.shape[0])
-            state["conv"] = torch.zeros(shape, device=device, dtype=dtype)
+        state |= self.conv_state(batch_size, device, dtype)
         if self.counts:
             state["position"] = torch.zeros(batch_size, device=device, dtype=torch.int64)
         return state
-
-    @torch.no_grad()
-    def set_head_scale_(self, scale: Tensor) -> None:
-        scale = scale if scale.ndim == 2 else scale[:, None]
-        for own in (self.head_scale, self.head_bias):
-            if own is not None:
-                own.mul_(scale.to(own))
-
-    def half_lives(self) -> Tensor:
-        """The configured half-lives in tokens, fp32 [H]."""
-        given = self.config.init_half_life
-        lives = spread_half_lives(self.heads, 64.0, 1024.0) if given is None else given
-        return torch.tensor(lives, dtype=torch.float32).expand(self.heads)
 
     def inputs(self, x: Tensor, tokens: Tokens, state: State | None) -> Inputs:
         """What the projections, the decay and the output gate read; here the tokens x [B, T, D] themselves."""
@@ -212,14 +113,11 @@ class RecurrentMixer(HeadsMixer):
         positions: Tensor | None,
         cos_sin: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """Heads' outputs [B, T, H, V], the state updated in place."""
         inputs = self.inputs(x, tokens, state)
         q, k, v = self.project_apart(inputs.q, inputs.k, inputs.v)
         if self.conv is not None:
-            line, past = self.conv(torch.cat((q, k, v), -1), tokens, None if state is None else state["conv"])
+            line = self.convolve(torch.cat((q, k, v), -1), tokens, state)
             q, k, v = line.split((q.shape[-1], k.shape[-1], v.shape[-1]), -1)
-            if past is not None:
-                store(state, "conv", past)
         if self.counts:
             counted, following = token_positions(x, tokens, None if state is None else state["position"])
             store(state, "position", following)
@@ -228,72 +126,11 @@ class RecurrentMixer(HeadsMixer):
         q, k = self.features(q, k)
         q, k, v = q.to(v.dtype), tokens.keep(k.to(v.dtype)), tokens.keep(v)
         k, v = share_heads(k, self.q_heads), share_heads(v, self.heads)
-        training = torch.is_grad_enabled()
-        decode = state is not None and x.shape[1] == 1 and tokens.cu_seqlens is None and not training
-        initial = None if state is None else state["recurrent"]
-        if initial is not None and training:
-            initial = initial.clone()  # autograd keeps it, and the state itself changes below
+        initial, decode = self.memory(state, tokens, x.shape[1])
         o, final = self.recur(inputs.decay, q, k, v, tokens, initial, decode=decode)
         if final is not None:
             store(state, "recurrent", final)
         return self._finish(o, x, inputs.gate)
-
-    def _finish(self, o: Tensor, x: Tensor, gate_input: Tensor) -> Tensor:
-        """Norm, scale and gate, in fp32 or wider; back in o's dtype. The site's own norm and gate stand around them.
-
-        The scale comes after the site's norm, which would undo it.
-        """
-        dtype = o.dtype
-        o = o if self.o_norm is None else self.o_norm(o)
-        gate = None if self.gate is None else self.gate(gate_input).unflatten(-1, (self.heads, self.v_head_dim))
-        y = wide(o)
-        if gate is not None and self.config.norm_after_gate:
-            y, gate = y * gate, None
-        y = self.norm_output(y) * wide(self.head_scale)
-        y = y if self.head_bias is None else y + wide(self.head_bias)
-        y = y if gate is None else y * gate
-        return self.open_gate(y, x).to(dtype)
-
-    def norm_output(self, y: Tensor) -> Tensor:
-        """The mixer's own norm of [B, T, H, V] in fp32 or wider, if it has one."""
-        config = self.config
-        if not config.output_norm:
-            return y
-        groups = y.flatten(-2).unflatten(-1, (config.norm_groups or self.heads, -1))
-        if config.norm_kind == "layer":
-            groups = groups - groups.mean(-1, keepdim=True)
-        return head_rms_norm(groups, config.norm_eps).view_as(y)
-
-    def _new_state(self, x: Tensor, cu_seqlens: Tensor | None) -> State:
-        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        return self.init_state(sequences, device=x.device, dtype=self.q_proj.weight.dtype)
-
-    def load_attention(self, site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
-        super().load_attention(site, weights)
-        self.head_scale.fill_(1)
-        if self.head_bias is not None:
-            self.head_bias.zero_()
-        if self.conv is not None:
-            self.conv.reset()
-        if self.gate is not None:
-            self.gate.reset()
-        self.reset_gates()
-
-    def reset_gates(self) -> None:
-        """Give the recurrence's gates their neutral start: independent of the token, slow decay."""
-        raise NotImplementedError
-
-
-def share_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, h, ·] → [B, T, heads, ·]: each head stands for heads / h."""
-    repeats = heads // x.shape[2]
-    return x if repeats == 1 else x.repeat_interleave(repeats, 2)
-
-
-def store(state: State | None, name: str, value: Tensor) -> None:
-    """Write into a state at its fixed address."""
-    if state is not None:
-        state[name].copy_(value.detach())
 
 
 def check_recurrent(config: RecurrentConfig, where: str) -> None:
@@ -302,12 +139,3 @@ def check_recurrent(config: RecurrentConfig, where: str) -> None:
     if max(widths) > MAX_HEAD_DIM:
         raise MixerError(f"{where}: heads of {max(widths)} channels; the kernels take at most {MAX_HEAD_DIM}")
     check_activation(config.qk_activation, where)
-    if config.norm_kind not in ("rms", "layer"):
-        raise MixerError(f"{where}: norm_kind must be 'rms' or 'layer', got {config.norm_kind!r}")
-    if config.norm_groups is not None and (config.norm_groups < 1 or (config.num_heads or 0) % config.norm_groups):
-        raise MixerError(f"{where}: {config.num_heads} heads do not divide into {config.norm_groups} groups for a norm")
-    lives = config.init_half_life
-    if lives is not None and (len(lives) not in (1, config.num_heads) or min(lives) <= 0):
-        raise MixerError(
-            f"{where}: init_half_life needs 1 or {config.num_heads} positive numbers of tokens, got {list(lives)}"
-        )

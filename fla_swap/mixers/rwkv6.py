@@ -18,7 +18,8 @@ from fla_swap.kernels.decay.rwkv6 import rwkv6, rwkv6_step
 from fla_swap.mixers.base import State, wide
 from fla_swap.mixers.decay import DecayConfig, DecayMixer, Gated
 from fla_swap.mixers.parts import Tokens, log_decay_of, shift_tokens
-from fla_swap.mixers.recurrent import Inputs, store
+from fla_swap.mixers.recurrent import Inputs
+from fla_swap.mixers.stateful import store
 
 
 @dataclass(frozen=True, kw_only=True)

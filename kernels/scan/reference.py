@@ -99,9 +99,7 @@ def _join(outputs: list[Tensor], like: Tensor) -> Tensor:
 Make = Callable[[torch.device | str, torch.dtype, int, int, int, int], dict[str, Tensor]]
 
 
-def make_hgrn(
-    device: torch.device | str, dtype: torch.dtype, T: int, H: int, D: int, seed: int
-) -> dict[str, Tensor]:
+def make_hgrn(device: torch.device | str, dtype: torch.dtype, T: int, H: int, D: int, seed: int) -> dict[str, Tensor]:
     """Random `hgrn` arguments of H·D channels (B = 2), for numerics tables and tests."""
     generator = torch.Generator().manual_seed(seed)
     x, g = (torch.randn(2, T, H * D, generator=generator) for _ in range(2))

@@ -47,7 +47,9 @@ def scan(a: Tensor, b: Tensor) -> Tensor:
     return h.view(batch, -1, width)[:, :time]
 
 
-def hgrn_forward(x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def hgrn_forward(
+    x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """h [B,T,D] in x's dtype and the final state [N,D] in the computing dtype."""
     dtype, packed = state_dtype(x), packing(cu_seqlens, x.shape[1])
     a, b = g.to(dtype).exp(), x.to(dtype, copy=True)
