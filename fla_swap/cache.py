@@ -41,7 +41,8 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     `count` is a tensor in a static cache (so that a compiled step does not depend on it) and an int elsewhere.
     `shared`: the model has a linear layer of its own beside the attention, whose states this layer keeps as the stock
-    layer did (Falcon-H1); such a layer cannot roll back.
+    layer did (Falcon-H1); such a layer cannot roll back. `by_row`: the rows are requests of their own with lengths of
+    their own, and a mask says nothing about this layer.
     """
 
     def __init__(self, stock: CacheLayerMixin):
@@ -55,7 +56,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         self.counts_on_device = isinstance(stock, StaticLayer) and not isinstance(stock, StaticSlidingWindowLayer)
         self.count: Any = 0
         self.fresh = True
-        self.packed = False
+        self.packed = self.by_row = False
         self.calls: list[Call] = []
         self.snapshot: State = {}
         self.settled = True

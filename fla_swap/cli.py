@@ -40,6 +40,7 @@ from fla_swap.options import (
     read_keep,
     read_options,
 )
+from fla_swap.serving.command import serve_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,6 +48,7 @@ app = typer.Typer(
     help="Find a Transformer's attention, prove it, swap it, distil it, compile it, run it.",
 )
 app.add_typer(bench, name="bench")
+app.command("serve")(serve_command)
 TEACHER = Path(__file__).resolve().parent.parent / "examples" / "teacher"
 PROMPT = 'def read_config(path, encoding=\'utf-8\'):\n    """Read'
 

@@ -163,7 +163,7 @@ class SwappedAttention(nn.Module):
         if cache is not None:
             layer = state_layer(cache, self.cache_index(), self.mixer, hidden)
         valid = starts = None
-        if packed is None:
+        if packed is None and not (layer is not None and layer.by_row):
             seen = 0 if layer is None else layer.get_seq_length()
             valid, starts = read_mask(self._narrowed(mask, tokens, seen), hidden, seen)
             if self.site.mask.window == 1:
