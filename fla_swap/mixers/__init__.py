@@ -6,15 +6,29 @@ from fla_swap.errors import MixerError
 from fla_swap.mixers.base import MixerConfig, State, TokenMixer
 from fla_swap.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from fla_swap.mixers.gla import GLA, GLAConfig
+from fla_swap.mixers.hgrn import HGRN, HGRNConfig
 from fla_swap.mixers.hgrn2 import HGRN2, HGRN2Config
 from fla_swap.mixers.lightning import Lightning, LightningConfig
+from fla_swap.mixers.mamba import Mamba, MambaConfig
 from fla_swap.mixers.mamba2 import Mamba2, Mamba2Config
 from fla_swap.mixers.retnet import RetNet, RetNetConfig
 from fla_swap.mixers.rwkv6 import RWKV6, RWKV6Config
 from fla_swap.mixers.softmax import Softmax, SoftmaxConfig
 from fla_swap.mixers.window import Window, WindowConfig
 
-MIXERS: tuple[type[TokenMixer], ...] = (Softmax, Window, RetNet, Lightning, GLA, HGRN2, Mamba2, RWKV6, GatedDeltaNet)
+MIXERS: tuple[type[TokenMixer], ...] = (
+    Softmax,
+    Window,
+    RetNet,
+    Lightning,
+    GLA,
+    HGRN,
+    HGRN2,
+    Mamba,
+    Mamba2,
+    RWKV6,
+    GatedDeltaNet,
+)
 
 
 def mixer_class(name: str) -> type[TokenMixer]:
@@ -27,6 +41,7 @@ def mixer_class(name: str) -> type[TokenMixer]:
 
 __all__ = [
     "GLA",
+    "HGRN",
     "HGRN2",
     "MIXERS",
     "RWKV6",
@@ -34,10 +49,13 @@ __all__ = [
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
     "HGRN2Config",
+    "HGRNConfig",
     "Lightning",
     "LightningConfig",
+    "Mamba",
     "Mamba2",
     "Mamba2Config",
+    "MambaConfig",
     "MixerConfig",
     "RWKV6Config",
     "RetNet",

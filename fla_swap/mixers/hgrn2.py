@@ -5,19 +5,18 @@ f_t = β + (1 − β) · sigmoid(z_t)        S_t = diag(f_t) S_{t−1} + (1 − 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fla_swap.errors import MixerError
 from fla_swap.mixers.base import MixerConfig, wide
 from fla_swap.mixers.decay import DecayConfig, DecayMixer, Gated
-from fla_swap.mixers.parts import activate, log_decay_of
+from fla_swap.mixers.forget import bound_parameter, forget, forget_bias, lower_bound
+from fla_swap.mixers.parts import activate
 from fla_swap.mixers.stateful import share_heads
 from fla_swap.types import AttentionSite
 
@@ -62,14 +61,9 @@ class HGRN2(DecayMixer):
         super().__init__(config)
         config = self.config
         assert config.hidden_size
-        bound = config.lower_bound
-        if bound is None:
-            bound = config.layer / config.num_layers if config.layer and config.num_layers else 0.0
-        if not 0 <= bound < 1:
-            raise MixerError(f"hgrn2: lower_bound must be at least 0 and below 1, got {bound}")
-        self.bound = bound
         channels = self.heads * self.head_dim
-        self.bound_logit = nn.Parameter(torch.full((channels,), math.log(bound / (1 - bound)))) if bound else None
+        self.bound = lower_bound(config, config.lower_bound, self.name)
+        self.bound_logit = bound_parameter(self.bound, channels)
         self.f_down = self.f_up = None
         if not config.tied:
             self.f_down = nn.Linear(config.hidden_size, config.decay_rank, bias=False)
@@ -96,8 +90,7 @@ class HGRN2(DecayMixer):
         """As in the base class; a half-life shorter than the lower bound allows becomes the shortest possible."""
         if self.f_up is None:
             raise MixerError("hgrn2: tied keys have no decay of their own that could be set")
-        forgets = -torch.expm1(log_decay_of(wide(tokens))) / (1 - self.bound)
-        self.f_up.bias.copy_((-torch.logit(forgets.clamp(max=0.999))).repeat_interleave(self.head_dim))
+        self.f_up.bias.copy_(forget_bias(tokens, self.bound).repeat_interleave(self.head_dim))
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return (activate(q, self.config.qk_activation), k) if self.config.tied else super().features(q, k)
@@ -124,8 +117,5 @@ class HGRN2(DecayMixer):
 
     def _forget(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """log f and 1 − f of z [B, T, H, K]."""
-        if self.bound_logit is None:
-            return F.logsigmoid(z), torch.sigmoid(-z)
-        logit = wide(self.bound_logit).view(self.heads, -1)
-        rest = F.logsigmoid(-logit)
-        return torch.logaddexp(F.logsigmoid(logit), rest + F.logsigmoid(z)), (rest + F.logsigmoid(-z)).exp()
+        logit = self.bound_logit
+        return forget(z, None if logit is None else logit.view(self.heads, -1))

@@ -233,9 +233,9 @@ def activate(x: Tensor, kind: str | None) -> Tensor:
     return F.silu(x) if kind == "silu" else F.relu(x)
 
 
-def check_activation(kind: str | None, where: str) -> None:
+def check_activation(kind: str | None, where: str, option: str = "qk_activation") -> None:
     if kind not in (None, "silu", "relu", "elu"):
-        raise MixerError(f"{where}: qk_activation must be None, 'silu', 'relu' or 'elu', got {kind!r}")
+        raise MixerError(f"{where}: {option} must be None, 'silu', 'relu' or 'elu', got {kind!r}")
 
 
 def log_decay_of(half_life: Tensor) -> Tensor:

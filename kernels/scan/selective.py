@@ -261,11 +261,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, out_grad: Tensor | None, final_grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    *tensors, saved = ctx.saved_tensors
+    x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, saved = ctx.saved_tensors
     if out_grad is None:
-        out_grad = tensors[0].new_zeros(tensors[0].shape)
-    grads = selective_scan_bwd(*tensors, saved, out_grad, final_grad, ctx.dt_softplus, ctx.implementation)
-    given = (None if i is None else g for g, i in zip(grads, tensors[:9], strict=True))
+        out_grad = x.new_zeros(x.shape)
+    grads = selective_scan_bwd(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        initial_state,
+        cu_seqlens,
+        saved,
+        out_grad,
+        final_grad,
+        ctx.dt_softplus,
+        ctx.implementation,
+    )
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    given = (None if i is None else g for g, i in zip(grads, inputs, strict=True))
     return (*given, None, None, None, None)
 
 

@@ -29,10 +29,12 @@ from fla_swap.mixers import (
     mixer_class,
 )
 from fla_swap.mixers.recurrent import RecurrentMixer
+from fla_swap.mixers.stateful import StatefulMixer
 from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, Norm, Projection, Rope, WeightRef
 
 D, H, HK, K, V = 24, 4, 2, 8, 6
 RECURRENT = [mixer for mixer in MIXERS if issubclass(mixer, RecurrentMixer)]
+STATEFUL = [mixer for mixer in MIXERS if issubclass(mixer, StatefulMixer)]
 
 
 def projection(name: str) -> Projection:
@@ -154,7 +156,7 @@ def test_rwkv6_starts_as_gla_with_memories_one_step_younger(weights, hidden):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer_type", RECURRENT)
+@pytest.mark.parametrize("mixer_type", STATEFUL)
 def test_the_calibration_surface(weights, hidden, mixer_type):
     mixer = mixer_type.from_attention(SITE, weights)
     assert mixer.calibratable and not Window.calibratable
@@ -226,7 +228,7 @@ def test_wrong_options_are_named(weights, case):
         mixer_type.from_attention(SITE, weights, options)
 
 
-@pytest.mark.parametrize("mixer_type", [Window, *RECURRENT])
+@pytest.mark.parametrize("mixer_type", [Window, *STATEFUL])
 def test_head_counts_masks_and_widths_that_do_not_fit_name_the_site_and_the_numbers(mixer_type):
     with pytest.raises(MixerError, match=r"layers\.0\.attn: 4 query heads .* 3 "):
         mixer_type.config_for(dataclasses.replace(SITE, kv_heads=3))
@@ -234,7 +236,7 @@ def test_head_counts_masks_and_widths_that_do_not_fit_name_the_site_and_the_numb
         mixer_type.config_for(dataclasses.replace(SITE, mask=Mask(kind="bidirectional")))
     with pytest.raises(MixerError, match=f"{mixer_type.name}: 4 query heads cannot share 3"):
         mixer_type(mixer_type.config_class(hidden_size=D, num_heads=4, num_kv_heads=3, head_dim=K))
-    if mixer_type is not Window:
+    if mixer_type in RECURRENT:
         with pytest.raises(MixerError, match=r"layers\.0\.attn: .* heads of 512 channels"):
             mixer_type.config_for(dataclasses.replace(SITE, head_dim=512))
 

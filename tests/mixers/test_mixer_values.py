@@ -142,7 +142,7 @@ def test_training_with_a_state_treats_it_as_a_constant(mixer, hidden):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", ["window", "gla_all", "gated_deltanet"])
+@pytest.mark.parametrize("case", ["window", "gla_all", "hgrn_all", "mamba", "gated_deltanet"])
 def test_compiles_without_graph_breaks_forward_backward_and_decode(case, backend, hidden):
     torch._dynamo.reset()
     mixer, hidden = build(case, torch.float32), hidden.float()
