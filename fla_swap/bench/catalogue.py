@@ -230,7 +230,7 @@ FLEX = Peer(name="flex", module="torch.nn.attention.flex_attention", function="f
 
 CASES = (
     Case(name="linear_attention", make=_plain, peers=_fla("linear_attn", "chunk_linear_attn", _unnormalised)),
-    Case(name="retention", make=_plain, peers=_fla("retention", "chunk_retention")),
+    Case(name="retention", make=_plain, peers=(*_fla("retention", "chunk_retention"), SOFTMAX)),
     Case(name="simple_gla", make=_head_gate, peers=_fla("simple_gla", "chunk_simple_gla")),
     Case(name="gla", make=_channel_gate, peers=_fla("gla", "chunk_gla")),
     Case(name="rwkv6", make=_bonus, peers=_fla("rwkv6", "chunk_rwkv6", _rwkv6)),

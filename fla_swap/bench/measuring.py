@@ -35,7 +35,10 @@ TUNING = {"warmup": 5, "rep": 15}
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One operator (or "rates") one way ("ours" or a peer's name), on shapes that share its compiled kernels."""
+    """One operator one way ("ours" or a peer's name), on shapes that share its compiled kernels.
+
+    `kind`: operator, decode, or rates (of the machine). `compared`: also against the float64 recurrence.
+    """
 
     operator: str
     way: str
@@ -43,6 +46,7 @@ class Task:
     device: str
     dtype: str = "bfloat16"
     kind: str = "operator"
+    compared: bool = True
 
     @property
     def name(self) -> str:
@@ -50,7 +54,8 @@ class Task:
 
     @staticmethod
     def of(data: dict[str, Any]) -> Task:
-        return Task(**data | {"shapes": tuple(Shape(**s) for s in data["shapes"])})
+        shapes = tuple(Shape(**s) for s in data.pop("shapes"))
+        return Task(**data, shapes=shapes)
 
 
 @dataclass(kw_only=True)
@@ -118,8 +123,9 @@ def tune_alone(turn: Turn) -> None:
 
     def do_bench(fn: Callable[[], Any], **options: Any) -> Any:
         fn()
+        options.update(TUNING)
         with turn():
-            return original(fn, **options | TUNING)
+            return original(fn, **options)
 
     triton.testing.do_bench = do_bench
 
@@ -132,9 +138,9 @@ def synchronize(device: str) -> None:
 def milliseconds(run: Callable[[], Any], device: str) -> float:
     """Median of a call: on a GPU by events, with the L2 cache flushed before each."""
     if device.startswith("cuda"):
-        from triton.testing import do_bench
+        import triton.testing
 
-        return do_bench(run, warmup=WARMUP, rep=REPEAT, return_mode="median")
+        return float(triton.testing.do_bench(run, warmup=WARMUP, rep=REPEAT, return_mode="median"))  # type: ignore
     times = []
     for _ in range(3):
         begin = time.perf_counter()
@@ -168,8 +174,10 @@ def call_of(case: Case, way: str) -> Call:
 def measure(task: Task, turn: Turn) -> Iterator[Row]:
     """The row of every shape, again after each stage."""
     case = by_name()[task.operator]
+    import torch._dynamo  # the first call of a custom operator imports it, and so does `import fla`: no cold start
+
     if task.device.startswith("cuda"):
-        import triton  # noqa: F401  like torch, no part of an operator's cold start
+        import triton  # noqa: F401
     for number, shape in enumerate(task.shapes):
         row = Row(operator=task.operator, way=task.way, shape=shape.label)
         try:
@@ -222,6 +230,8 @@ def _stages(row: Row, case: Case, shape: Shape, task: Task, turn: Turn, cold: bo
     if not cold:
         row.cold_forward = row.cold_both = None
     yield row
+    if not task.compared:
+        return
     try:
         compare(row, case, compared, list(inputs), shape)
     except Exception as error:

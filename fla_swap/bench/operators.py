@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,7 +127,8 @@ def peer_version() -> str:
 
 
 def ways_of(case: Case, settings: Settings) -> list[str]:
-    peers = [peer.name for peer in case.peers] if settings.peer else []
+    peers = [peer.name for peer in case.peers if peer.name != "sdpa" or case.name == "window_attention"]
+    peers = peers if settings.peer else []
     if settings.decode:
         peers = ["fla"] if settings.peer and case.name in decode.PEERS else []
     return ["ours", *peers]
@@ -195,7 +196,7 @@ def run(settings: Settings, results: Results, console: Console, report: Callable
             code = code_of(by_name()[task.operator], task.way)
             shapes = open_shapes(task, results, code, settings.retry)
             if shapes:
-                task = Task(**vars(task) | {"shapes": shapes})
+                task = replace(task, shapes=shapes)
                 limit = settings.time_limit * len(shapes)
                 waiting[pool.submit(run_task, task, settings.lock, limit)] = task, code
         for number, future in enumerate(as_completed(waiting), 1):

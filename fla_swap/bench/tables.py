@@ -76,12 +76,32 @@ def speed(rows: dict[tuple[str, str], dict[str, Row]], rates: Rates) -> list[str
         table.append([name, label])
         for floor, field in ((forward, "forward"), (both, "both")):
             own, other = _value(ours, field), _value(peer, field)
-            table[-1] += [_ms(floor), _ms(own), _times(own, floor), _ms(other) if peer else "–", _times(other, own)]
+            table[-1] += [
+                milliseconds_text(floor),
+                milliseconds_text(own),
+                times_text(own, floor),
+                milliseconds_text(other) if peer else "–",
+                times_text(other, own),
+            ]
         softmax = ways.get("sdpa")
         if softmax is not None:
             row = ["full softmax (SDPA flash)", label]
-            table.append([*row, "", _ms(softmax.forward), "", "", "", "", _ms(softmax.both), "", "", ""])
-    return ["Milliseconds, median:", "", *_markdown(table)]
+            table.append(
+                [
+                    *row,
+                    "",
+                    milliseconds_text(softmax.forward),
+                    "",
+                    "",
+                    "",
+                    "",
+                    milliseconds_text(softmax.both),
+                    "",
+                    "",
+                    "",
+                ]
+            )
+    return ["Milliseconds, median:", "", *markdown_table(table)]
 
 
 def floor_of(name: str, label: str, row: Row | None, rates: Rates) -> tuple[float | None, float | None]:
@@ -99,15 +119,16 @@ def resources(rows: dict[tuple[str, str], dict[str, Row]]) -> list[str]:
         cells = [name, label]
         for field in ("peak_forward", "peak_both"):
             cells += [_number(_value(ours, field)), _number(_value(peer, field))]
-        cells.append(_times(_value(ours, "peak_both"), _value(peer, "peak_both")))
+        cells.append(times_text(_value(ours, "peak_both"), _value(peer, "peak_both")))
         for field in ("cold_forward", "cold_both"):
             cells += [_number(_value(ours, field), 1), _number(_value(peer, field), 1)]
         table.append(cells)
     text = (
-        "Peak of allocated memory beyond the inputs (GiB, results and gradients included); seconds from the call to the"
+        "Peak of allocated memory beyond the inputs (GiB, results and gradients included); seconds from the call to the "
+        "first result with empty compiler caches (torch and Triton imported before), forward, then forward and "
+        "backward (both calls together)."
     )
-    text += " first result with empty compiler caches, forward, then forward and backward (both calls together)."
-    return [text, "", *_markdown(table)]
+    return [text, "", *markdown_table(table)]
 
 
 def errors(rows: dict[tuple[str, str], dict[str, Row]]) -> list[str]:
@@ -122,7 +143,7 @@ def errors(rows: dict[tuple[str, str], dict[str, Row]]) -> list[str]:
     return [
         "RMS(reference − result) / RMS(reference) of one head against the float64 recurrence:",
         "",
-        *_markdown(table),
+        *markdown_table(table),
     ]
 
 
@@ -164,18 +185,18 @@ def decode_steps(rows: dict[tuple[str, str], dict[str, Row]], rates: Rates) -> l
             label.removeprefix("step "),
             _us(floor),
             _us(own),
-            _times(own, floor),
+            times_text(own, floor),
             _us(_value(ours, "eager")),
         ]
         table.append([*cells, _us(_value(peer, "graph")), _us(_value(peer, "eager"))])
-    return ["One decode step, microseconds:", "", *_markdown(table)]
+    return ["One decode step, microseconds:", "", *markdown_table(table)]
 
 
 def _value(row: Row | None, field: str) -> float | None:
     return None if row is None else getattr(row, field)
 
 
-def _ms(x: float | None) -> str:
+def milliseconds_text(x: float | None) -> str:
     return "–" if x is None else f"{x:.3f}"
 
 
@@ -191,11 +212,11 @@ def _error(x: float | None) -> str:
     return "–" if x is None else f"{x:.1e}"
 
 
-def _times(x: float | None, y: float | None) -> str:
+def times_text(x: float | None, y: float | None) -> str:
     return f"{x / y:.2f}×" if x and y else "–"
 
 
-def _markdown(table: list[list[str]]) -> list[str]:
+def markdown_table(table: list[list[str]]) -> list[str]:
     head, *body = table
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in body)]
 
