@@ -21,4 +21,4 @@ def _exponentials(out, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
 def run(device: str, rounds: int = 512, block: int = 1024, blocks: int = 4096) -> tuple[int, Callable[[], object]]:
     """(exponentials in one call, the call)."""
     out = torch.empty(blocks * block, device=device)
-    return rounds * block * blocks, lambda: _exponentials[(blocks,)](out, ROUNDS=rounds, BLOCK=block, num_warps=4)
+    return rounds * block * blocks, lambda: _exponentials[(blocks,)](out, ROUNDS=rounds, BLOCK=block)

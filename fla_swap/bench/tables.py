@@ -124,8 +124,8 @@ def resources(rows: dict[tuple[str, str], dict[str, Row]]) -> list[str]:
             cells += [_number(_value(ours, field), 1), _number(_value(peer, field), 1)]
         table.append(cells)
     text = (
-        "Peak of allocated memory beyond the inputs (GiB, results and gradients included); seconds from the call to the "
-        "first result with empty compiler caches (torch and Triton imported before), forward, then forward and "
+        "Peak of allocated memory beyond the inputs (GiB, results and gradients included); seconds from the call to "
+        "the first result with empty compiler caches (torch and Triton imported before), forward, then forward and "
         "backward (both calls together)."
     )
     return [text, "", *markdown_table(table)]
