@@ -7,20 +7,20 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 # Modules whose NUMERICS_CASES are compared. A case is a dict: "op", "reference", "make" (device, dtype, T, H, D, seed →
 # tensor arguments), "kwargs" (static arguments), and optionally "name" and "gates" (arguments with the gate bar).
-CASE_MODULES = (
-    "fla_swap.kernels.decay.reference",
-    "fla_swap.kernels.delta.reference",
-    "fla_swap.kernels.scan.reference",
-    "fla_swap.kernels.window.reference",
-    "fla_swap.kernels.fused.reference",
+CASE_MODULES = tuple(
+    "fla_swap." + ".".join(path.relative_to(KERNELS.parent).with_suffix("").parts)
+    for path in sorted(KERNELS.rglob("*.py"))
+    if "NUMERICS_CASES" in path.read_text(encoding="utf-8")
 )
 
 GATES = ("g", "gv")
