@@ -25,7 +25,9 @@ if TYPE_CHECKING:
         perplexity,
     )
     from fla_swap.errors import FlaSwapError
+    from fla_swap.hybrid_config import HybridConfig
     from fla_swap.inspection import inspect, prove
+    from fla_swap.model import HybridForCausalLM
     from fla_swap.patterns.plugins import installed_recognisers
     from fla_swap.planning import Rule, load_plan, plan, save_plan
     from fla_swap.reporting import report_html, report_table
@@ -42,6 +44,8 @@ __all__ = [
     "ConvertConfig",
     "DistillConfig",
     "FlaSwapError",
+    "HybridConfig",
+    "HybridForCausalLM",
     "NearMiss",
     "Rule",
     "StageConfig",
@@ -85,7 +89,9 @@ _SOURCES = {
         "perplexity",
     ),
     "errors": ("FlaSwapError",),
+    "hybrid_config": ("HybridConfig",),
     "inspection": ("inspect", "prove"),
+    "model": ("HybridForCausalLM",),
     "patterns.plugins": ("installed_recognisers",),
     "planning": ("Rule", "load_plan", "plan", "save_plan"),
     "reporting": ("report_html", "report_table"),

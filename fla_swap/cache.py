@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,17 @@ from transformers.cache_utils import (
 )
 
 from fla_swap.errors import SwapError
-from fla_swap.mixers import State, TokenMixer
+from fla_swap.mixers import State
 
 Replay = Callable[[State, int], None]
+
+
+class StateOwner(Protocol):
+    """What a state belongs to: a mixer, or a block that has more state than its mixer."""
+
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State: ...
+
+    def __call__(self, hidden_states: Tensor, /, **arguments: Any) -> tuple[Tensor, State | None]: ...
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,11 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         self.snapshot: State = {}
         self.settled = True
 
-    def prepare(self, mixer: TokenMixer, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def prepare(self, owner: StateOwner, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
         """Allocate the zero state, at addresses that stay the same from then on. Does nothing the second time."""
         if self.is_initialized:
             return
-        self.state = mixer.init_state(batch_size, device=device, dtype=dtype)
+        self.state = owner.init_state(batch_size, device=device, dtype=dtype)
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
         if self.counts_on_device:
             self.count = torch.zeros((), dtype=torch.long, device=device)
@@ -205,14 +213,14 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         self.advance(tokens_to_remove)
 
 
-def state_layer(cache: Any, index: int, mixer: TokenMixer, hidden_states: Tensor) -> StateLayer:
+def state_layer(cache: Any, index: int, owner: StateOwner, hidden_states: Tensor) -> StateLayer:
     """The state of layer `index` in `cache`, put there and allocated the first time.
 
     Raises:
         SwapError: the cache is of a kind that cannot hold states, or this layer already holds keys and values.
     """
     layer = install_layer(cache, index)
-    layer.prepare(mixer, hidden_states.shape[0], hidden_states.device, hidden_states.dtype)
+    layer.prepare(owner, hidden_states.shape[0], hidden_states.device, hidden_states.dtype)
     if layer.packed:
         raise SwapError(
             f"layer {index}: the cache was filled by a packed batch (cu_seq_lens_q), which leaves no state to go on "

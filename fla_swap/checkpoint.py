@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fla_swap.errors import CheckpointError, FlaSwapError
 from fla_swap.folders import WEIGHTS, check_safetensors, read_json, written_beside
-from fla_swap.hybrid import MODEL_TYPE, HybridConfig, hybrid_config_class, hybrid_model_class, refuse_other_model
+from fla_swap.hybrid import MODEL_TYPE, SwappedConfig, hybrid_config_class, hybrid_model_class, refuse_other_model
 from fla_swap.module_checkpoint import PLAN, load_module, save_module
 from fla_swap.planning import plan_from_dict
 from fla_swap.registration import FlaSwapConfig as FlaSwapConfig  # saved models name it as part of this module
@@ -175,7 +175,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _refuse(folder: Path, model: PreTrainedModel) -> None:
-    if isinstance(model.config, HybridConfig):
+    if isinstance(model.config, SwappedConfig):
         refuse_other_model(folder, model.config)
     elif (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds a model already; save elsewhere, or pass overwrite=True")

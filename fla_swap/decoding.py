@@ -20,7 +20,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import logits_process, stopping_criteria
 
 from fla_swap.cache import StateLayer
-from fla_swap.hybrid import prepare_cache
+from fla_swap.stateful import prepare_cache
 
 # Rows are padded to one of these, so that a batch of 3 uses the graph of 4. Larger ones: the next multiple of the last.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fla_swap.arguments import HIDDEN, Signature, fetch, joined_masks, narrowed, read_mask
-from fla_swap.cache import StateLayer, install_layer, state_layer
+from fla_swap.cache import state_layer
 from fla_swap.errors import CheckpointError, SwapError
-from fla_swap.mixers import State, TokenMixer, mixer_class
+from fla_swap.mixers import TokenMixer, mixer_class
+from fla_swap.stateful import GeneratesWithStates, StatefulLayer, run_on_state
 from fla_swap.types import ArgPath, AttentionSite, SwapPlan, from_jsonable, to_jsonable
 
 MODEL_TYPE = "fla_swap"
@@ -24,7 +25,7 @@ SHIM = "modeling_fla_swap.py"
 AUTO_MAP = {"AutoConfig": "modeling_fla_swap.FlaSwapConfig", "AutoModelForCausalLM": "modeling_fla_swap.FlaSwapModel"}
 
 
-class SwappedAttention(nn.Module):
+class SwappedAttention(StatefulLayer):
     """A mixer in the place of an attention module: called as that was called, returning what that returned.
 
     `mixer` is trained and saved. `original` is the module that stood here, or None in a model loaded from disk; it
@@ -158,51 +159,20 @@ class SwappedAttention(nn.Module):
 
     def _with_state(self, hidden: Tensor, mask: Any, cache: Any, packed: Any, where: dict[str, Any]) -> Tensor:
         """A mixer with a state of constant size."""
-        tokens = hidden.shape[1]
         layer = None
         if cache is not None:
             layer = state_layer(cache, self.cache_index(), self.mixer, hidden)
         valid = starts = None
         if packed is None and not (layer is not None and layer.by_row):
             seen = 0 if layer is None else layer.get_seq_length()
-            valid, starts = read_mask(self._narrowed(mask, tokens, seen), hidden, seen)
+            valid, starts = read_mask(self._narrowed(mask, hidden.shape[1], seen), hidden, seen)
             if self.site.mask.window == 1:
                 starts = None  # every token sees itself alone: such a mask says nothing about documents
             if starts is None:
                 starts = self._starts_from_positions(mask, cache, where)
         self._place(where, None if layer is None else layer.get_seq_length(), hidden)
         arguments = {**where, "valid": valid, "starts": starts, "cu_seqlens": packed}
-        if layer is None:
-            return self.mixer(hidden, **arguments)[0]
-        if packed is not None:
-            layer.packed = True
-            mixed, _ = self.mixer(hidden, **arguments)
-        else:
-            mixed = self._step(layer, hidden, arguments)
-        layer.advance(tokens)
-        return mixed
-
-    def _step(self, layer: StateLayer, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Run the mixer on the cached state, which changes in place."""
-        if layer.record_past:
-            layer.record(hidden.shape[1], partial(self._replay, hidden, arguments))
-        if not torch.is_grad_enabled():
-            return self.mixer(hidden, state=layer.state, **arguments)[0]
-        # Backward needs the state as it was: work on a copy.
-        before = None if layer.fresh else {n: t.clone() for n, t in layer.state.items()}
-        mixed, after = self.mixer(hidden, state=before, output_state=True, **arguments)
-        for name, tensor in layer.state.items():
-            tensor.copy_(after[name].detach())
-        return mixed
-
-    @torch.no_grad()
-    def _replay(self, hidden: Tensor, arguments: dict[str, Any], state: State, tokens: int) -> None:
-        def cut(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(cut(v) for v in value)
-            return value if value is None else value[:, :tokens]
-
-        self.mixer(cut(hidden), state=state, **{n: cut(v) for n, v in arguments.items()})
+        return run_on_state(self.mixer, layer, hidden, arguments)
 
     def _place(self, where: dict[str, Any], seen: Any, hidden: Tensor) -> None:
         """Positions after the `seen` tokens of a cache, for a mixer that needs them and is told none.
@@ -230,8 +200,11 @@ class SwappedAttention(nn.Module):
     def _flash(self) -> bool:
         return "flash" in (getattr(getattr(self, "config", None), "_attn_implementation", None) or "")
 
+    @property
+    def state_owner(self) -> TokenMixer | None:
+        return None if self.mixer.uses_kv_cache else self.mixer
+
     def cache_index(self) -> int:
-        """The number of this layer in a cache."""
         if self.call.cache_index is None:
             raise SwapError(
                 f"{self.site.fqn}: a cache was passed, but its contract does not say which layer it is there"
@@ -261,7 +234,7 @@ def install_structure(model: nn.Module, plan: SwapPlan) -> None:
         install(model, layer.site.fqn, swapped)
 
 
-class HybridConfig:
+class SwappedConfig:
     """Mixed in before a model's own config class. In memory the model type stays; on disk it is ours, with the plan."""
 
     fla_swap: dict[str, Any]
@@ -279,14 +252,14 @@ class HybridConfig:
     @classmethod
     def is_custom_code(cls) -> bool:
         """As its base class: transformers renames the layer types of custom code."""
-        return cast(Any, cls.__mro__[2]).is_custom_code()
+        return cast(Any, cls.__bases__[1]).is_custom_code()
 
     def swap_plan(self) -> SwapPlan:
         """The plan that this model was swapped by."""
         return from_jsonable(SwapPlan, self.fla_swap["plan"])
 
 
-class HybridModel:
+class SwappedModel(GeneratesWithStates):
     """Mixed in before a model's own class: builds the swapped structure, and does not overwrite another model."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
@@ -297,16 +270,6 @@ class HybridModel:
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         tied = model.all_tied_weights_keys  # swapped layers share no weights
         model.all_tied_weights_keys = {a: b for a, b in tied.items() if {a, b} <= names}
-
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> Any:
-        """`generate` has its cache: put the state layers in before anything asks the cache what it can do."""
-        result = cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None:
-            prepare_cache(cast(nn.Module, self), cache)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-        return result
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         """As transformers', with a CheckpointError when the folder holds another model."""
@@ -319,26 +282,15 @@ class HybridModel:
         return result
 
 
-def prepare_cache(model: nn.Module, cache: Any, batch_size: int | None = None) -> None:
-    """Put a state layer into `cache` for every swapped layer that keeps a state; with `batch_size`, allocate it too."""
-    for module in model.modules():
-        if not isinstance(module, SwappedAttention) or module.mixer.uses_kv_cache:
-            continue
-        layer = install_layer(cache, module.cache_index())
-        if batch_size is not None:
-            like = next(module.mixer.parameters())
-            layer.prepare(module.mixer, batch_size, like.device, like.dtype)
-
-
 _classes: dict[type, type] = {}
 
 
 def hybrid_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The subclass of a config class that carries a plan; the same one every time."""
-    if issubclass(base, HybridConfig):
+    if issubclass(base, SwappedConfig):
         return base
     if base not in _classes:
-        _classes[base] = type(f"FlaSwap{base.__name__}", (HybridConfig, base), {"__module__": __name__})
+        _classes[base] = type(f"FlaSwap{base.__name__}", (SwappedConfig, base), {"__module__": __name__})
     return _classes[base]
 
 
@@ -348,11 +300,11 @@ def hybrid_model_class(base: type[PreTrainedModel], config_base: type[PreTrained
     It claims the module of its base, because transformers treats models from elsewhere as custom code and then skips
     its weight conversions.
     """
-    if issubclass(base, HybridModel):
+    if issubclass(base, SwappedModel):
         return base
     if base not in _classes:
         content = {"__module__": base.__module__, "config_class": hybrid_config_class(config_base)}
-        _classes[base] = type(f"FlaSwap{base.__name__}", (HybridModel, base), content)
+        _classes[base] = type(f"FlaSwap{base.__name__}", (SwappedModel, base), content)
     return _classes[base]
 
 
@@ -372,10 +324,10 @@ def become_hybrid(model: PreTrainedModel, plan: SwapPlan) -> None:
 def become_plain(model: PreTrainedModel) -> None:
     """Undo `become_hybrid`."""
     ours = type(model).__name__
-    model.__class__ = type(model).__mro__[2]
+    model.__class__ = type(model).__bases__[1]
     if model.config.architectures == [ours]:  # as save_pretrained noted it
         model.config.architectures = [type(model).__name__]
-    model.config.__class__ = type(model.config).__mro__[2]
+    model.config.__class__ = type(model.config).__bases__[1]
     del cast(Any, model.config).fla_swap
 
 

@@ -1,10 +1,12 @@
-"""Teaches transformers' `AutoConfig` the model type "fla_swap". Light: the rest is imported when a model is loaded."""
+"""Teaches transformers' `AutoConfig` the model types. Light: the rest is imported when a model is loaded."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+
+from fla_swap.hybrid_config import HybridConfig
 
 MODEL_TYPE = "fla_swap"  # as `fla_swap.hybrid` writes it
 
@@ -21,4 +23,5 @@ class FlaSwapConfig(PreTrainedConfig):
         return hybrid_config(config_dict, **kwargs)
 
 
+AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
 AutoConfig.register(MODEL_TYPE, FlaSwapConfig, exist_ok=True)

@@ -61,6 +61,14 @@ COMPOSERS = {
     "checkpoint": {"planning", "swapping", "registration", "folders", "module_checkpoint"},
 }
 
+# Models with mixers: swapped ones, and those built from scratch.
+WHOLE_MODELS = {
+    "hybrid": {"hybrid"},
+    "feed_forward": {"feed_forward"},
+    "hybrid_config": {"hybrid_config", "model"},
+    "model": {"hybrid_config", "feed_forward", "model"},
+}
+
 # A report prints and explains itself: its methods import what does so when they are called.
 LAZY = {"types": {"reporting"}}
 
@@ -101,12 +109,12 @@ def allowed(own: str) -> set[str]:
         return {*BASE, own}
     if own in LEAVES:
         return {*BASE, own}
-    if own in ("mixers", "cache", "ops"):
-        return {*BASE, "kernels", "mixers", "cache", "ops"}
-    if own == "hybrid":
-        return {*BASE, "mixers", "cache", "hybrid"}
+    if own in ("mixers", "cache", "ops", "stateful"):
+        return {*BASE, "kernels", "mixers", "cache", "ops", *({"stateful"} if own == "stateful" else ())}
+    if own in ("hybrid", "model", "feed_forward", "hybrid_config"):
+        return {*BASE, "kernels", "mixers", "cache", "stateful", *WHOLE_MODELS[own]}
     if own in STAGES:
-        return {*BASE, *LEAVES, "mixers", "cache", "ops", "hybrid", own, *COMPOSERS.get(own, set())}
+        return {*BASE, *LEAVES, "mixers", "cache", "ops", "stateful", "hybrid", own, *COMPOSERS.get(own, set())}
     return {p.stem for p in (ROOT / "fla_swap").iterdir()}
 
 

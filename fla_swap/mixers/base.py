@@ -91,6 +91,7 @@ class TokenMixer(nn.Module):
 
     Subclasses set `name` and `config_class`, and implement `forward`, `init_state` and `load_attention`.
     `uses_kv_cache` marks the mixers that keep transformers' own key/value cache instead of a constant state.
+    `feed_forward` names what follows the layer in a model of the paper: "swiglu", "channel_mixing" or "none".
     `calibratable` marks the mixers whose start can be fitted to data before training (RECIPES, "Initialisation"): they
     implement `head_outputs`, `set_head_scale_`, `set_half_life_`, and `set_beta_` if they have a write strength.
     """
@@ -99,6 +100,7 @@ class TokenMixer(nn.Module):
     config_class: ClassVar[type[MixerConfig]]
     mask_kinds: ClassVar[tuple[str, ...]] = ("causal", "window")
     uses_kv_cache: ClassVar[bool] = False
+    feed_forward: ClassVar[str] = "swiglu"
     calibratable: ClassVar[bool] = False
 
     def __init__(self, config: MixerConfig):

@@ -64,6 +64,7 @@ class Mamba2(DecayMixer):
     """Mamba2: g = Δ·A with A = −exp(A_log) per head, Δ per head and token."""
 
     name = "mamba2"
+    feed_forward = "none"
     config_class = Mamba2Config
     config: Mamba2Config
 

@@ -55,6 +55,7 @@ class RWKV6(DecayMixer):
     """RWKV6's time mixing. State as of `RecurrentMixer`, and "shift" [N, 1, D], the last token."""
 
     name = "rwkv6"
+    feed_forward = "channel_mixing"
     config_class = RWKV6Config
     config: RWKV6Config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class SoftmaxConfig(HeadsConfig):
 
     `memory_size`: width of what keys and values are read from in a cross-attention; None: the hidden states.
     """
+
+    PAPER: ClassVar[Mapping[str, Any]] = {"rope_base": 10000.0}
 
     scale: float | None = None
     mask: Mask | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class WindowConfig(HeadsConfig):
         sinks: one learned logit per head in the softmax's denominator (gpt-oss, 2508.10925).
         alibi: slopes per head (2108.12409).
     """
+
+    PAPER: ClassVar[Mapping[str, Any]] = {"rope_base": 10000.0}
 
     window: int = 512
     scale: float | None = None
