@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import signal
 import statistics
 import sys
 import time
@@ -29,8 +30,10 @@ REFERENCE_STEPS = 2048
 """Steps compared with the float64 recurrence; of longer sequences the first ones, without gradients."""
 WARMUP, REPEAT = 10, 60
 """Milliseconds of warm-up and of repetitions behind a median."""
+LONGEST = 30
+"""Seconds that a process may keep the GPU for itself."""
 TUNING = {"warmup": 5, "rep": 15}
-"""The same for each configuration that a peer's autotuner tries: shorter than its own, alone on the GPU."""
+"""The milliseconds for each configuration that a peer's autotuner tries: shorter than its own, alone on the GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,10 @@ class Row:
 
 
 class Turn:
-    """One process at a time on the GPU. Time spent waiting is written down: it is nobody's cold start or time limit."""
+    """One process at a time on the GPU. Time spent waiting is written down: it is nobody's cold start or time limit.
+
+    A process that keeps its turn longer than `LONGEST` ends by SIGALRM: what hangs on the GPU holds up nobody else.
+    """
 
     def __init__(self, lock: Path, notes: Path):
         self.lock, self.notes, self.waited, self.held = lock, notes, 0.0, False
@@ -106,9 +112,11 @@ class Turn:
             self.waited += time.time() - begin
             self._note(None)
             self.held = True
+            signal.alarm(LONGEST)
             try:
                 yield
             finally:
+                signal.alarm(0)
                 self.held = False
 
     def _note(self, since: float | None) -> None:

@@ -19,8 +19,10 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any
 
 import torch
@@ -63,12 +65,13 @@ class Results:
     rates: dict[str, Rates] = field(default_factory=dict)
     rows: dict[tuple[str, ...], Row] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
+    writing: Lock = field(default_factory=Lock, repr=False)
 
     def add(self, rows: Iterable[Row]) -> None:
         self.rows |= {row.key: row for row in rows}
 
     def here(self) -> list[Row]:
-        return [row for row in self.rows.values() if row.where == self.where]
+        return [row for row in list(self.rows.values()) if row.where == self.where]
 
     def write(self, path: Path | None) -> None:
         if path is None:
@@ -76,7 +79,7 @@ class Results:
         data = {
             "about": self.about,
             "rates": {where: asdict(rate) for where, rate in self.rates.items()},
-            "rows": [asdict(row) for row in self.rows.values()],
+            "rows": [asdict(row) for row in list(self.rows.values())],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".writing")
@@ -168,7 +171,11 @@ def label(task: Task, shape: Shape) -> str:
 
 def open_shapes(task: Task, results: Results, code: str, retry: bool) -> tuple[Shape, ...]:
     """The shapes that the file has no row for (or only a failed one, where failures are tried again)."""
-    found = {row.shape: row for row in results.here() if (row.operator, row.way, row.code) == (*_which(task), code)}
+    found = {
+        row.shape: row
+        for row in results.here()
+        if (row.operator, row.way, row.code) == (*_which(task), code) and not any("no result" in n for n in row.notes)
+    }
     return tuple(s for s in task.shapes if label(task, s) not in found or (retry and found[label(task, s)].notes))
 
 
@@ -198,7 +205,8 @@ def run(settings: Settings, results: Results, console: Console, report: Callable
             if shapes:
                 task = replace(task, shapes=shapes)
                 limit = settings.time_limit * len(shapes)
-                waiting[pool.submit(run_task, task, settings.lock, limit)] = task, code
+                keep = partial(_keep, task, results, code, report)
+                waiting[pool.submit(run_task, task, settings.lock, limit, keep)] = task, code
         for number, future in enumerate(as_completed(waiting), 1):
             task, code = waiting[future]
             rows = rows_of(task, future.result(), where=results.where, code=code)
@@ -206,6 +214,12 @@ def run(settings: Settings, results: Results, console: Console, report: Callable
             report()
             spent = f"[{number}/{len(waiting)}, {time.perf_counter() - begin:.0f} s]"
             console.print(f"{spent} {task.name}: {describe(rows)}", markup=False, highlight=False)
+
+
+def _keep(task: Task, results: Results, code: str, report: Callable[[], None], lines: list[dict[str, Any]]) -> None:
+    """What a process has measured so far, should nobody be there when it ends."""
+    results.add(rows_of(task, (lines, ""), where=results.where, code=code))
+    report()
 
 
 def rows_of(task: Task, found: tuple[list[dict[str, Any]], str], *, where: str, code: str) -> list[Row]:
@@ -319,11 +333,12 @@ def ops_command(
     begin = time.perf_counter()
 
     def report() -> None:
-        results.about["seconds"] = f"{time.perf_counter() - begin:.0f}"
-        results.write(json_file)
-        if table is not None:
-            table.parent.mkdir(parents=True, exist_ok=True)
-            table.write_text(markdown(results))
+        with results.writing:
+            results.about["seconds"] = f"{time.perf_counter() - begin:.0f}"
+            results.write(json_file)
+            if table is not None:
+                table.parent.mkdir(parents=True, exist_ok=True)
+                table.write_text(markdown(results))
 
     run(settings, results, console, report)
     report()
