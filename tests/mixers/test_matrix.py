@@ -1,0 +1,54 @@
+"""Every mixer by every check of `fla_swap.bench.mixer_checks`; `results/mixers.md` is the same, as a table."""
+
+from __future__ import annotations
+
+import pytest
+
+from fla_swap.bench.mixer_checks import CHECKS, SLOW, NotApplicable, looped
+from fla_swap.bench.mixers import Cell, markdown, run_check
+from fla_swap.kernels.decay import ops
+from fla_swap.mixers import GLA, MIXERS, Softmax, decay
+
+
+def cells():
+    for kind in MIXERS:
+        for name in CHECKS:
+            marks = [pytest.mark.slow] if name in SLOW else []
+            yield pytest.param(kind, name, id=f"{kind.name}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "name"), cells())
+def test_a_mixer_passes_a_check(kind, name):
+    try:
+        CHECKS[name](kind)
+    except NotApplicable as reason:
+        assert kind is Softmax, reason  # the only one without a state
+
+
+def test_the_loop_takes_the_place_of_every_operator():
+    before = decay.gla
+    with looped() as found:
+        assert decay.gla is not before and decay.gla.keywords == {"implementation": "reference"} and found > 5
+    assert decay.gla is before is ops.gla
+
+
+def test_the_table_shows_what_failed_and_what_says_nothing():
+    def broken(kind):
+        """Half right."""
+        raise AssertionError("1.0 against\n2.0")
+
+    def silent(kind):
+        raise NotApplicable("no state")
+
+    checks = list(CHECKS)
+    cells = [
+        run_check(GLA, checks[0], broken),
+        run_check(GLA, checks[1], lambda kind: "4 kB"),
+        run_check(Softmax, checks[1], silent),
+    ]
+    assert [cell.passed for cell in cells] == [False, True, None]
+    cells.append(Cell(mixer="softmax", check=checks[0], passed=True, seconds=2.0, note="ok"))
+    text = markdown(cells, "command")
+    assert "| gla | FAILED | ok, 4 kB |" in text and "| softmax | ok | – | 2.0 |" in text
+    assert f"- gla, {checks[0]}: AssertionError: 1.0 against 2.0" in text and "–: no state." in text
+    assert "2 cells passed, 1 failed" in text
