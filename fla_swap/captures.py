@@ -41,7 +41,7 @@ class TwoCaptures:
     """`part` of `model` ("": all of it), captured twice. `match` sets what else is known.
 
     `longest`: the length that sites are proved at, beyond the windows; `checked`: that of the far capture, up to which
-    masks, positions and scales are compared; `first`: the short capture; `rope_limit`: the longest input for which the
+    masks, positions and scales are compared; `first`, `second`: the short and the far capture; `rope_limit`: the longest input for which the
     rotary frequencies hold; `notes`: what a user should know about it.
     """
 
@@ -53,6 +53,7 @@ class TwoCaptures:
         self.longest = 0
         self.checked: int | None = None
         self.first: CapturedGraph | None = None
+        self.second: CapturedGraph | None = None
         self.resize: list[int] | None = None
         self.time_first = False
         self.notes: list[str] = []
@@ -138,10 +139,10 @@ class TwoCaptures:
             except BEYOND_A_TABLE:
                 limit = length
                 continue
-            self.checked, self.longest = length, min(near, length)
+            self.checked, self.longest, self.second = length, min(near, length), second
             return matched
         self.checked = self.longest = lengths[-1]
-        second = self.capture(lengths[-1], limit)
+        self.second = second = self.capture(lengths[-1], limit)
         return match((first, second), self.catalogue, rope_limit=self.rope_limit)
 
     def _takes(self, length: int) -> bool:

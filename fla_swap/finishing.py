@@ -10,7 +10,7 @@ from torch import nn
 from fla_swap.captures import SHORT, TwoCaptures
 from fla_swap.contract import derive_contract, find_entry, readings
 from fla_swap.errors import CaptureError, FlaSwapError, VerificationError
-from fla_swap.graph_proof import finish_in_graph
+from fla_swap.graph_proof import finish_in_graph, forget_random
 from fla_swap.matching import MATCHED
 from fla_swap.model_inputs import Inputs, given_tokens, takes_cache
 from fla_swap.ownership import read_outside
@@ -22,6 +22,7 @@ from fla_swap.types import AttentionSite, NearMiss
 from fla_swap.verification import TOLERANCE, Call, Proof, prove
 
 PROOF_BYTES = 2**30
+LONGEST_GRAPH_PROOF = 512
 CALLED = (*MATCHED, "call")
 
 
@@ -58,6 +59,8 @@ class Finisher:
                 misses.append(done)
             else:
                 sites.append(done)
+        for region in self.regions.values():
+            forget_random(region.graph)
         return sites, misses
 
     def _lengthened(self, length: int) -> dict[str, Region]:
@@ -65,6 +68,11 @@ class Finisher:
         lengths = {r.graph.length for r in self.regions.values()}
         if not lengths or max(lengths) >= length:
             return dict(self.regions)
+        second = self.captures.second
+        if second is not None and length <= second.length <= LONGEST_GRAPH_PROOF:
+            moved = {name: region.at(second) for name, region in self.regions.items()}
+            if all(region.graph is second for region in moved.values()):
+                return moved
         try:
             graph = self.captures.capture(length)
         except CaptureError:  # the proof refuses where the short graph lies within the window

@@ -17,6 +17,8 @@ from fla_swap.patterns.region import Region
 from fla_swap.types import AttentionSite
 from fla_swap.verification import TOLERANCE, Proof
 
+_RANDOM = "random weights"
+
 
 def finish_in_graph(site: AttentionSite, region: Region | None, verify: bool) -> AttentionSite:
     """The site, proved if `verify`. VerificationError when it is not what its region computes, or has none."""
@@ -69,7 +71,21 @@ def _batch_first(states: Tensor, site: AttentionSite) -> Tensor:
 
 
 def _random(graph: CapturedGraph) -> tuple[CapturedGraph, dict[str, Tensor], Tensor | None]:
-    """The graph with random parameters and a padded mask, its weights by name, and which tokens are no padding."""
+    """The graph with random parameters and a padded mask, its weights by name, and which tokens are no padding.
+
+    Made once for all sites of a graph; `forget_random` frees it.
+    """
+    if _RANDOM not in graph.known:
+        graph.known[_RANDOM] = _make_random(graph)
+    return graph.known[_RANDOM]
+
+
+def forget_random(graph: CapturedGraph) -> None:
+    """Free the random weights with which sites of the graph were proved."""
+    graph.known.pop(_RANDOM, None)
+
+
+def _make_random(graph: CapturedGraph) -> tuple[CapturedGraph, dict[str, Tensor], Tensor | None]:
     generator = torch.Generator().manual_seed(0)
     values, weights, valid = dict(graph.values), {}, None
     for name, value in graph.values.items():

@@ -136,9 +136,15 @@ def _only_fills(node: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 def repeats(graph: CapturedGraph) -> bool:
-    """Whether one line of the model's code was run about as often as there are tokens: a loop over them, unrolled."""
+    """Whether one line of the model's code was run about as often as there are tokens: a loop over them, unrolled.
+
+    Each call of a module counts by itself: a stack of layers that is run again and again loops over no tokens. Nor does
+    what only moves data.
+    """
     lines = Counter(
-        (n.target, n.meta.get("stack_trace"), *modules_of(n)) for n in graph.nodes if n.op == "call_function"
+        (n.target, n.meta.get("stack_trace"), *n.meta.get("nn_module_stack", {}))
+        for n in graph.nodes
+        if n.op == "call_function" and n.target not in LAYOUT
     )
     return max(lines.values(), default=0) >= graph.length - 1
 

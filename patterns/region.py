@@ -42,13 +42,23 @@ class Region:
 
     def at(self, graph: CapturedGraph) -> Region:
         """The same in a graph of another length, where that has the same nodes; else this one."""
-        pairs = dict(zip(self.graph.nodes, graph.nodes, strict=False))
-        if len(self.graph.nodes) != len(graph.nodes) or any(
-            a.op != b.op or (a.op == "call_function" and a.target is not b.target) for a, b in pairs.items()
-        ):
+        pairs = _pairs(self.graph, graph)
+        if pairs is None:
             return self
         memory = None if self.memory is None else pairs[self.memory]
         return Region(graph=graph, hidden=pairs[self.hidden], end=pairs[self.end], memory=memory)
+
+
+def _pairs(a: CapturedGraph, b: CapturedGraph) -> dict[fx.Node, fx.Node] | None:
+    """The nodes of `a` with those of `b`; None when they are not the same. Found once for all regions."""
+    key = ("same nodes", id(a))
+    if key not in b.known:
+        pairs = dict(zip(a.nodes, b.nodes, strict=False))
+        same = len(a.nodes) == len(b.nodes) and all(
+            x.op == y.op and (x.op != "call_function" or x.target is y.target) for x, y in pairs.items()
+        )
+        b.known[key] = (pairs if same else None, a)  # `a` is kept: its id must not be another's
+    return b.known[key][0]
 
 
 def separate(
