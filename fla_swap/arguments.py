@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fla_swap.errors import SwapError
-from fla_swap.types import ArgPath, Mask
+from fla_swap.types import ArgPath, AttentionSite, Mask
 from fla_swap.wrappers import config_of
 
 Args = tuple[Any, ...]
@@ -138,6 +138,38 @@ class Signature:
                     f"was absent or None (the tensors were {sorted(seen)}), so what it does is not known. Inspect the "
                     "model again with example_inputs that make it pass one (a mask: with padding)"
                 )
+
+
+def check_unmasked(site: AttentionSite, tokens: int) -> None:
+    """Raises SwapError for a call without a mask in which the module that stood here hid something else."""
+    inside = site.call.unmasked == "causal" and tokens <= (site.mask.window or tokens)
+    if site.call.unmasked in (None, "own") or tokens == 1 or inside:
+        return
+    does = "hides what comes later alone" if site.call.unmasked == "causal" else "hides something else, or fails"
+    raise SwapError(
+        f"{site.fqn} is called without a mask, for {tokens} tokens; it was inspected under a {site.mask.kind} mask "
+        f"that is an argument, and without it the module that stood here {does}: pass the mask, or inspect the model "
+        "again with example_inputs as it is called"
+    )
+
+
+def check_zero(site: AttentionSite, name: str, value: Any) -> None:
+    """Raises SwapError where an argument that was zero everywhere when the model was inspected is not.
+
+    In compiled code that is an assertion on the device.
+    """
+    if not isinstance(value, Tensor):
+        return
+    message = (
+        f"{site.fqn} is called with a tensor {name} {list(value.shape)} that is not zero; when the model was inspected "
+        "it was zero everywhere, so what it does is not known. Inspect the model again with example_inputs in which it "
+        "is not"
+    )
+    zero = ~value.any()
+    if torch.compiler.is_compiling():
+        torch._assert_async(zero, message)
+    elif not bool(zero):
+        raise SwapError(message)
 
 
 def joined_masks(pairs: Tensor | None, padding: Tensor | None, *, hides: bool) -> Tensor | None:

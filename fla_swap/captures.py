@@ -41,8 +41,8 @@ class TwoCaptures:
     """`part` of `model` ("": all of it), captured twice. `match` sets what else is known.
 
     `longest`: the length that sites are proved at, beyond the windows; `checked`: that of the far capture, up to which
-    masks, positions and scales are compared; `first`, `second`: the short and the far capture; `rope_limit`: the longest input for which the
-    rotary frequencies hold; `notes`: what a user should know about it.
+    masks, positions and scales are compared; `first`, `second`: the short and the far capture; `rope_limit`: the
+    longest input for which the rotary frequencies hold; `notes`: what a user should know about it.
     """
 
     def __init__(

@@ -125,6 +125,7 @@ def derive_contract(
     streams = (entry.hidden, entry.memory, entry.residual)
     read = {id(get_argument(p, record.args, record.kwargs)) for p in streams if p is not None}
     facts: dict[str, Any] = {}
+    zeros: list[ArgPath] = []
     for path, value in leaves(record.args, record.kwargs):
         if not isinstance(value, Tensor) or id(value) in read:
             continue
@@ -135,7 +136,10 @@ def derive_contract(
                 facts["hides"] = True
         elif is_own_alibi(value, site, keys):
             continue
-        elif _looks_like_a_mask(value, length, keys.shape[1]) and (value.dtype == torch.bool or bool(value.any())):
+        elif _looks_like_a_mask(value, length, keys.shape[1]):
+            if value.dtype != torch.bool and not bool(value.any()):
+                zeros.append(path)
+                continue
             where = path.keyword or f"number {path.position}"
             return f"argument {where} {tuple(value.shape)} is a mask, but not the site's own with the padding hidden"
         if name == "mask" and value.dim() == 2 and site.mask.kind != "bidirectional":
@@ -144,7 +148,7 @@ def derive_contract(
         facts.pop("cos", None)
         facts.pop("sin", None)
     contract = dataclasses.replace(contract, **facts)
-    contract = dataclasses.replace(contract, seen=tensors_of(record))
+    contract = dataclasses.replace(contract, seen=tensors_of(record), zeros=tuple(zeros))
     if cache is not None:
         contract = dataclasses.replace(contract, cache=cache.path, cache_index=cache.index)
     return contract

@@ -147,7 +147,7 @@ class Finisher:
             max_error=proof.error,
             dropout=max(site.dropout, proof.dropout),
             output_dropout=proof.output_dropout,
-            call=dataclasses.replace(site.call, own_mask=proof.own_mask),
+            call=dataclasses.replace(site.call, own_mask=proof.own_mask, unmasked=proof.unmasked),
         )
 
     def _proof_length(self, sites: Sequence[AttentionSite]) -> int:

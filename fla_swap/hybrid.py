@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fla_swap.arguments import HIDDEN, Signature, fetch, joined_masks, narrowed, read_mask
+from fla_swap.arguments import HIDDEN, Signature, check_unmasked, check_zero, fetch, joined_masks, narrowed, read_mask
 from fla_swap.cache import state_layer
 from fla_swap.errors import CheckpointError, SwapError
 from fla_swap.mixers import TokenMixer, mixer_class
@@ -79,31 +79,31 @@ class SwappedAttention(StatefulLayer):
         call = self.call
         self._takes.check(self.site.fqn, args, kwargs, self.tensors_seen)
         given = partial(fetch, args=args, kwargs=kwargs, names=self._takes.names)
+        for path in call.zeros:
+            check_zero(self.site, self._takes.name(path), given(path))
         hidden = given(call.hidden)
         hidden = hidden.transpose(0, 1) if call.time_first else hidden
-        mask = self._mask(given)
+        mask = self._mask(given, hidden.shape[1])
         cache = given(call.cache)
         cache = getattr(cache, "self_attention_cache", cache)
         cos, sin = given(call.cos), given(call.sin)
-        where: dict[str, Any] = {
-            "positions": given(call.positions),
-            "cos_sin": None if cos is None or sin is None else (cos, sin),
-        }
+        tables = None if cos is None or sin is None else (cos, sin)
+        where: dict[str, Any] = {"positions": given(call.positions), "cos_sin": tables}
         packed = kwargs.get("cu_seq_lens_q")
-        if self.mixer.uses_kv_cache:
-            mixed = self._with_keys(hidden, mask, cache, packed, where)
-        else:
-            mixed = self._with_state(hidden, mask, cache, packed, where)
+        run = self._with_keys if self.mixer.uses_kv_cache else self._with_state
+        mixed = run(hidden, mask, cache, packed, where)
         mixed = mixed.transpose(0, 1) if call.time_first else mixed
         mixed = F.dropout(mixed, self.site.output_dropout, self.training)
         residual = given(call.residual)
         return self._pack(mixed if residual is None else residual + mixed)
 
-    def _mask(self, given: Callable[[ArgPath | None], Any]) -> Any:
+    def _mask(self, given: Callable[[ArgPath | None], Any], tokens: int) -> Any:
         """The model's mask: as it is, or made of one over pairs of tokens and one over the keys."""
         call = self.call
         if call.pairs is None and call.padding is None:
             mask = given(call.mask)
+            if mask is None and not self._flash():
+                check_unmasked(self.site, tokens)
             if self.site.alibi is not None and isinstance(mask, Tensor) and mask.is_floating_point():
                 mask = mask > HIDDEN  # it may hold the ALiBi bias, which the mixer adds itself
             return ~mask if call.hides and isinstance(mask, Tensor) and mask.dtype == torch.bool else mask

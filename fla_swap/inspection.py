@@ -131,7 +131,7 @@ def _prove(model: nn.Module, site: AttentionSite, example: Example | None, proof
     if misses:
         raise VerificationError(f"{site.fqn}: {misses[0].reason.removeprefix(f'{site.fqn}: ')}")
     said = dataclasses.replace(site.call, residual=None, time_first=False)
-    observed = found[0].call
+    observed = dataclasses.replace(found[0].call, unmasked=site.call.unmasked)
     if site.call.seen is None:
         observed = dataclasses.replace(observed, seen=None, own_mask=site.call.own_mask)
     if said != CallContract(hidden=ArgPath(position=0)) and site.call != observed:

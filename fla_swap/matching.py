@@ -7,6 +7,7 @@ Each step that holds counts as progress; the first that does not becomes the nea
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from fla_swap.errors import CaptureError, FlaSwapError, NoValue
 from fla_swap.patterns.base import Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
-from fla_swap.patterns.cores import Failed, core_facts, core_nodes, groups, sized, token_counts
+from fla_swap.patterns.cores import Failed, core_facts, core_nodes, groups, sized, token_counts, where
 from fla_swap.patterns.graph import CapturedGraph, NotLayout, modules_of, op_name, shape, source_of
 from fla_swap.patterns.heads import HeadsRefused, number_outputs, read_order
 from fla_swap.patterns.latent import name_series
@@ -70,7 +71,7 @@ def match(
         if isinstance(failed, passing):
             raise failed
     if len({tuple(op_name(n) for n, _ in c) for c in cores}) != 1:
-        raise CaptureError(f"at lengths {[g.length for g in graphs]} the model runs different attention code")
+        raise CaptureError(_other_code(cores, graphs))
     found: list[tuple[AttentionSite, Boundary, bool]] = []
     misses: list[NearMiss] = []
     unclaimed: list[str] = []
@@ -99,6 +100,23 @@ def match(
         fixed=tuple(fixed),
         varied=varied,
         regions=regions,
+    )
+
+
+def _other_code(cores: Sequence[Sequence[tuple[fx.Node, Any]]], graphs: Sequence[CapturedGraph]) -> str:
+    """Which softmaxes and products a model runs at one length only, and where they stand."""
+    places = [Counter((where(n), op_name(n)) for n, _ in found) for found in cores]
+    told = []
+    for own, graph in zip(places, graphs, strict=True):
+        others = [p for p in places if p is not own]
+        alone = [place for (place, _), count in own.items() if any(other[place, _] < count for other in others)]
+        if alone:
+            more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+            told.append(f"at {graph.length} tokens alone {alone[0]}{more}")
+    found = "; ".join(told) or "the same softmaxes in another order"
+    return (
+        f"the model runs different attention code at {' and '.join(str(g.length) for g in graphs)} tokens ({found}): "
+        "what a site states must hold at every length"
     )
 
 

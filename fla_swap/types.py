@@ -139,6 +139,9 @@ class CallContract:
     `listed`: what it returns is a list.
     `own_mask`: the owner hides what the site's mask hides, whatever `mask` says. `seen`: the arguments that were
     tensors in the observed call; what a tensor elsewhere means is not known. None: it was not noted (older reports).
+    `unmasked`: what the owner computes where `mask` is None: under the site's "own" mask, under a "causal" one, or
+    something "other" (it may fail); None: `mask` is no tensor, or it was not tried. `zeros`: arguments that look like
+    masks to be added and were zero everywhere: what they do where they are not is not known.
     """
 
     hidden: ArgPath
@@ -159,6 +162,8 @@ class CallContract:
     listed: bool = False
     own_mask: bool = False
     seen: tuple[ArgPath, ...] | None = None
+    unmasked: str | None = None
+    zeros: tuple[ArgPath, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

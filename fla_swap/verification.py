@@ -7,7 +7,6 @@ hide errors, on random hidden states with a padded row and a length past every w
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fla_swap.arguments import get_argument, leaves, set_argument
+from fla_swap.call_proof import TOLERANCE, Observed, batch_first, difference, output_of, prove_call
 from fla_swap.errors import FlaSwapError, VerificationError
-from fla_swap.hybrid import SwappedAttention
-from fla_swap.mixers import TokenMixer
 from fla_swap.mixers.softmax import Softmax
 from fla_swap.noise import random_tokens, random_weight
 from fla_swap.train_mode import TrainMode, train_mode
 from fla_swap.types import ArgPath, AttentionSite
-
-TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +41,8 @@ class Proof:
     """`error`: largest relative difference on the valid positions. `dropout`: what training mode drops of the
     probabilities. `eager_error`: how far the owner's own eager code is from what it runs (None: not tried).
     `output_dropout`: what it drops of the attention's output. `lost_dropout`: probability and shape of what it drops
-    elsewhere. `own_mask`: as in `CallContract`. `call_reason`: why a swapped layer cannot be called as the owner is."""
+    elsewhere. `own_mask`, `unmasked`: as in `CallContract`. `call_reason`: why a swapped layer cannot be called as the
+    owner is."""
 
     error: float
     dropout: float = 0.0
@@ -53,6 +50,7 @@ class Proof:
     output_dropout: float = 0.0
     lost_dropout: tuple[tuple[float, tuple[int, ...]], ...] = ()
     own_mask: bool = False
+    unmasked: str | None = None
     call_reason: str | None = None
 
 
@@ -80,18 +78,18 @@ def _prove(site: AttentionSite, owner: nn.Module, call: Call, size: float) -> Pr
     more: dict[str, Any] = {"valid": call.valid, "positions": None if counts else call.positions}
     if site.call.memory is not None:
         memory, args, kwargs = _random_stream(site.call.memory, args, kwargs, seed=2)
-        more |= {"memory": _batch_first(site, memory), "memory_valid": call.memory_valid}
+        more |= {"memory": batch_first(site, memory), "memory_valid": call.memory_valid}
     residual = None
     if site.call.residual is not None:
         residual = hidden
         if site.call.residual != site.call.hidden:
             residual = hidden.flip(0)
             args, kwargs = set_argument(site.call.residual, residual, args, kwargs)
-        residual = _batch_first(site, residual)
+        residual = batch_first(site, residual)
     weights = {f"{site.fqn}.{n}" if site.fqn else n: t for n, t in twin.state_dict().items()}
     buffers = _buffer_versions(twin)
     with torch.no_grad():
-        wanted = returned = _output(site, twin(*args, **kwargs))
+        wanted = returned = output_of(site, twin(*args, **kwargs))
         _check_buffers(site, twin, buffers)
         if size == 1.0 and not bool(wanted[call.valid].isfinite().all()):
             raise _NotFinite
@@ -102,7 +100,7 @@ def _prove(site: AttentionSite, owner: nn.Module, call: Call, size: float) -> Pr
         except (FlaSwapError, KeyError, RuntimeError) as error:
             raise VerificationError(f"{site.fqn}: the attention cannot be rebuilt from its site: {error}") from error
         error = max(
-            _difference(mixer(_batch_first(site, hidden), cos_sin=tables, **more)[0], wanted, call.valid)
+            difference(mixer(batch_first(site, hidden), cos_sin=tables, **more)[0], wanted, call.valid)
             for tables in _table_choices(site, args, kwargs, call)
         )
     if not error <= TOLERANCE:
@@ -112,13 +110,15 @@ def _prove(site: AttentionSite, owner: nn.Module, call: Call, size: float) -> Pr
         )
     trained = _train_mode(site, twin, args, kwargs, returned, residual, call)
     with torch.no_grad():
-        called = _prove_call(site, twin, mixer, args, kwargs, returned, call)
+        observed = Observed(site=site, twin=twin, args=args, kwargs=kwargs, returned=returned, valid=call.valid)
+        called = prove_call(observed, mixer, lambda other: Softmax.from_attention(other, weights).eval())
     return Proof(
         error=error,
         dropout=trained.probabilities,
         output_dropout=trained.output,
         lost_dropout=trained.others,
         own_mask=called.own_mask,
+        unmasked=called.unmasked,
         call_reason=called.reason,
         eager_error=_eager(site, twin, args, kwargs, returned, call.valid),
     )
@@ -134,10 +134,6 @@ def _random_stream(
         if isinstance(value, Tensor) and value.shape == before.shape and torch.equal(value, before):
             args, kwargs = set_argument(place, after, args, kwargs)
     return after, args, kwargs
-
-
-def _batch_first(site: AttentionSite, x: Tensor) -> Tensor:
-    return x.transpose(0, 1) if site.call.time_first else x
 
 
 def _table_choices(site: AttentionSite, args: tuple, kwargs: dict, call: Call) -> list[tuple[Tensor, Tensor] | None]:
@@ -170,15 +166,6 @@ def _real(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=parameter.requires_grad)
 
 
-def _difference(found: Tensor, wanted: Tensor, valid: Tensor) -> float:
-    found, wanted = found[valid].double(), wanted[valid].double()
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-
-
-def _output(site: AttentionSite, returned: Any) -> Tensor:
-    return _batch_first(site, returned if site.call.outputs is None else returned[site.call.output_index])
-
-
 def _as_fp32(value: Any) -> Any:
     if isinstance(value, FakeTensor) and value.is_floating_point():
         return torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
@@ -203,12 +190,12 @@ def _train_mode(
     """What training mode drops; raises VerificationError when it does anything else that a site cannot state."""
     keys = call.valid if call.memory_valid is None else call.memory_valid
     lengths = (call.valid.shape[1], keys.shape[1])
-    found = train_mode(twin, lambda: _output(site, twin(*args, **kwargs)), residual, lengths)
-    difference = _difference(found.returned, returned, call.valid)
-    if not difference <= TOLERANCE:
+    found = train_mode(twin, lambda: output_of(site, twin(*args, **kwargs)), residual, lengths)
+    apart = difference(found.returned, returned, call.valid)
+    if not apart <= TOLERANCE:
         raise VerificationError(
             f"{site.fqn}: it computes something else in training mode, also with nothing dropped: its output differs "
-            f"by {difference:.2e} from that in eval mode"
+            f"by {apart:.2e} from that in eval mode"
         )
     if found.scores:
         raise VerificationError(
@@ -235,65 +222,6 @@ def _check_buffers(site: AttentionSite, twin: nn.Module, before: Mapping[str, tu
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _CallProof:
-    """Whether the owner makes the site's mask itself; why a swapped layer does not honour the call, or None."""
-
-    own_mask: bool
-    reason: str | None
-
-
-def _prove_call(
-    site: AttentionSite, twin: nn.Module, mixer: TokenMixer, args: tuple, kwargs: dict, returned: Tensor, call: Call
-) -> _CallProof:
-    """Call a swapped layer as the owner was called: it must return what that returned."""
-    if site.kind == "cross":
-        return _CallProof(own_mask=site.call.own_mask, reason=None)
-    own = site.call.own_mask or _hides_itself(site, twin, args, kwargs, returned, call)
-    reason = _called(site, own, twin, mixer, args, kwargs, returned, call)
-    if reason is not None and not own and _called(site, True, twin, mixer, args, kwargs, returned, call) is None:
-        own, reason = True, None
-    return _CallProof(own_mask=own, reason=reason)
-
-
-def _called(
-    site: AttentionSite,
-    own: bool,
-    twin: nn.Module,
-    mixer: TokenMixer,
-    args: tuple,
-    kwargs: dict,
-    returned: Tensor,
-    call: Call,
-) -> str | None:
-    site = dataclasses.replace(site, call=dataclasses.replace(site.call, own_mask=own))
-    layer = SwappedAttention(site, mixer, twin, keep_original=False).eval()
-    try:
-        difference = _difference(_output(site, layer(*args, **kwargs)), returned, call.valid)
-    except (FlaSwapError, RuntimeError, TypeError, ValueError, IndexError) as error:
-        return f"a swapped layer cannot be called as the module is: {type(error).__name__}: {error}"
-    if difference <= TOLERANCE:
-        return None
-    return (
-        f"a swapped layer, called as the module is, returns something else (by {difference:.2e}): one of the arguments "
-        f"{sorted(layer.tensors_seen or ())} means something that is not understood"
-    )
-
-
-def _hides_itself(
-    site: AttentionSite, twin: nn.Module, args: tuple, kwargs: dict, returned: Tensor, call: Call
-) -> bool:
-    """Whether the owner hides what the site's mask hides also where its mask argument hides nothing."""
-    path, rows = site.call.mask, call.valid.all(1)
-    mask = None if path is None else get_argument(path, args, kwargs)
-    if path is None or not isinstance(mask, Tensor) or mask.dim() != 4 or site.mask.kind == "bidirectional":
-        return False
-    nothing = torch.zeros_like(mask) if mask.is_floating_point() or site.call.hides else torch.ones_like(mask)
-    args, kwargs = set_argument(path, nothing, args, kwargs)
-    seen = _output(site, twin(*args, **kwargs))
-    return bool(rows.any()) and _difference(seen[rows], returned[rows], call.valid[rows]) <= TOLERANCE
-
-
 def _eager(
     site: AttentionSite, twin: nn.Module, args: tuple, kwargs: dict, wanted: Tensor, valid: Tensor
 ) -> float | None:
@@ -314,7 +242,7 @@ def _eager(
     try:
         config._attn_implementation = "eager"
         with torch.no_grad():
-            return _difference(_output(site, twin(*args, **kwargs)), wanted, valid)
+            return difference(output_of(site, twin(*args, **kwargs)), wanted, valid)
     except (ValueError, KeyError, NotImplementedError):
         return None
     finally:

@@ -25,7 +25,6 @@ from fla_swap.patterns.graph import (
     _is_mutable,
     _ops,
     alias_root,
-    modules_of,
 )
 
 SMALL = 64

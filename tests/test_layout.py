@@ -18,6 +18,7 @@ STAGES = (
     "recording",
     "ownership",
     "train_mode",
+    "call_proof",
     "contract",
     "matching",
     "captures",
@@ -42,7 +43,7 @@ STAGES = (
 COMPOSERS = {
     "contract": {"recording"},
     "graph_proof": {"verification"},
-    "verification": {"train_mode"},
+    "verification": {"train_mode", "call_proof"},
     "captures": {"capture", "matching", "parts", "verification"},
     "finishing": {
         "captures",

@@ -102,7 +102,9 @@ def inspect_family(family: str, group: str, implementation: str) -> Result:
     except Exception as error:
         note = f"{type(error).__name__}: {_short(error)}"
         return Result(**common, stage="crashed", note=note, seconds=time.perf_counter() - start)
-    misses = collections.Counter((m.slot, re.sub(r"\.\d+\b", ".*", m.reason)) for m in report.near_misses)
+    misses = collections.Counter(
+        (m.slot, re.sub(r"\.\d+\b", ".*", _without_folders(m.reason))) for m in report.near_misses
+    )
     return Result(
         **common,
         stage="inspected",
@@ -134,7 +136,12 @@ def _facts(sites: tuple[fs.AttentionSite, ...]) -> list[str]:
 
 def _short(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    return _without_folders(lines[0] if lines else type(error).__name__)[:400]
+
+
+def _without_folders(text: str) -> str:
+    """Source files named from their package on."""
+    return re.sub(r"/\S*/site-packages/", "", text)
 
 
 def _work(family: str, group: str, implementation: str, out: Any) -> None:

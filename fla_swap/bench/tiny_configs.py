@@ -18,7 +18,7 @@ SIZES: tuple[tuple[int, str], ...] = (
         WIDTH,
         """hidden_size d_model n_embd embedding_size word_embed_proj_dim backbone_hidden_size lru_width
         attention_hidden_size input_embedding_size output_embedding_size dim_model_base emb_dim embed_dim
-        feed_forward_size linear_d_model projection_size""",
+        feed_forward_size linear_d_model projection_size hidden_size_global""",
     ),
     (
         96,
@@ -78,7 +78,6 @@ TOKENS = (
     "cls_token_id",
     "mask_token_id",
 )
-# Where the rules by name are not enough.
 # Where the rules by name are not enough. None as a value: leave the field to the config's own default.
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -155,6 +154,25 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }
 
+# A drafting head: all its layers read the keys and values of the model that it drafts for.
+DRAFTER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "vocab_size": 128,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "enable_moe_block": False,
+    "use_double_wide_mlp": False,
+}
+OWN["gemma4_assistant"] = {"text_config": {"model_type": "gemma4_text", **DRAFTER}}
+OWN["gemma4_unified_assistant"] = {"text_config": {"model_type": "gemma4_unified_text", **DRAFTER}}
+# Causal language models that take a part of their type's config: its name.
+PART = {"musicgen": "decoder", "musicgen_melody": "decoder"}
+
 STAGES = {"out_features": None, "stage_names": None, "out_indices": None}  # follow from the number of layers
 
 GROUPS = {
@@ -185,6 +203,8 @@ def tiny_config(model_type: str, group: str = "decoder") -> Any:
     """The type's default config with every size shrunk, its sub-configs too. As a decoder where it can be one."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     kind = configuration_auto.CONFIG_MAPPING[model_type]
+    if group == "decoder" and model_type in PART:
+        kind = kind.sub_configs[PART[model_type]]
     values = _shrunk(kind())
     if group == "decoder" and "is_decoder" in values and not values.get("is_encoder_decoder"):
         values["is_decoder"] = True
@@ -193,8 +213,12 @@ def tiny_config(model_type: str, group: str = "decoder") -> Any:
 
 def tiny_model(model_type: str, group: str, implementation: str) -> nn.Module:
     """A randomly initialised tiny model in eval mode."""
-    auto = getattr(transformers, GROUPS[group][0])
-    return auto.from_config(tiny_config(model_type, group), attn_implementation=implementation).eval()
+    auto, names = GROUPS[group]
+    config, kind = tiny_config(model_type, group), getattr(transformers, auto)
+    if group == "decoder" and model_type in PART:
+        kind = getattr(transformers, getattr(modeling_auto, names)[model_type])
+        return kind._from_config(config, attn_implementation=implementation).eval()
+    return kind.from_config(config, attn_implementation=implementation).eval()
 
 
 def _shrunk(config: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from twisted import WIDTH, Attention, Block, D, H
 
 from fla_swap.capture import capture
+from fla_swap.errors import CaptureError
 from fla_swap.inspection import inspect
 from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify
 from fla_swap.patterns.weights import Spread, WeightsRefused, read_spread
@@ -142,6 +143,27 @@ class Borrower(nn.Module):
 def test_keys_and_values_of_another_layer_are_named() -> None:
     (near,) = inspect(Lent(), torch.randn(1, 7, WIDTH), strict=False).near_misses
     assert near.slot == "owner" and "keys and values come from 'first.k', outside 'second'" in near.reason
+
+
+class LongOnly(nn.Module):
+    """From 200 tokens on a second attention, over every second key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (H, D)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        if x.shape[1] > 200:
+            mixed = mixed + F.scaled_dot_product_attention(q, k[:, :, ::2], v[:, :, ::2])
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+def test_attention_that_runs_at_one_length_only_is_named() -> None:
+    reason = r"different attention code at \d+ and \d+ tokens \(at \d+ tokens alone attention scaled_dot_product"
+    with pytest.raises(CaptureError, match=reason + r".*test_named_refusals.py:\d+\): what a site states must hold"):
+        inspect(Block(LongOnly()), torch.randn(1, 7, WIDTH))
 
 
 # Masks that are known, but that a site has no word for
