@@ -197,7 +197,8 @@ class HybridModel(HybridPreTrainedModel):
         self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None, packed: Tensor | None
     ) -> dict[str, Tensor | None]:
         """Padding and documents, for layers with a state."""
-        if packed is not None:
+        by_row = cache is not None and any(getattr(layer, "by_row", False) for layer in cache.layers)
+        if packed is not None or by_row:
             return {"valid": None, "starts": None, "cu_seqlens": packed}
         valid, starts = read_mask(mask, hidden, 0 if cache is None else cache.get_seq_length())
         if mask is None and cache is None and positions is not None:

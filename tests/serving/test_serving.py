@@ -68,6 +68,24 @@ def test_requests_that_come_and_go_get_the_tokens_of_generate():
         engine.stop()
 
 
+def test_a_model_from_scratch_is_served_the_same_way():
+    torch.manual_seed(0)
+    config = fs.HybridConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, intermediate_size=48, mixer="gla")
+    config.eos_token_id = None
+    model = fs.HybridForCausalLM(config).eval()
+    prompts = [[3, 5, 7, 9], [11, 2]]
+    expected = [
+        model.generate(torch.tensor([p]), do_sample=False, max_new_tokens=6)[0, len(p) :].tolist() for p in prompts
+    ]
+    engine = Engine(model, slots=2, tokens=32, compiled=False)
+    engine.start()
+    try:
+        requests = [engine.submit(Request(prompt=p, max_tokens=6, temperature=0)) for p in prompts]
+        assert [drain(r)[0] for r in requests] == expected
+    finally:
+        engine.stop()
+
+
 def test_a_stop_token_ends_a_row_and_a_cancelled_request_frees_its_slot():
     model = hybrid()
     prompt = [5, 9, 2]
