@@ -18,7 +18,7 @@ from fla_swap.kernels.common import choose_implementation
 from fla_swap.kernels.scan.checks import check_in_place, check_input, check_others, check_triton, state_dtype
 from fla_swap.kernels.scan.reference import selective_scan_reference
 
-CHUNK = 64
+CHUNKS = {"torch": 64, "triton": 4}
 """Rows from one state that is kept for the backward to the next."""
 
 
@@ -170,13 +170,13 @@ def selective_scan_fwd(
     keep: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator behind `selective_scan`: y, the final state, and the states [B,ceil(T/CHUNK),D,N] before every
-    CHUNK-th row (empty unless `keep`)."""
+    """The operator behind `selective_scan`: y, the final state, and the states [B,M,N,D] before every
+    `CHUNKS`-th row (in x's dtype, flat: a dimension of M would be specialised; empty unless `keep`)."""
     with torch.autocast(x.device.type, enabled=False):
         y, final, saved = _implementation(implementation).selective_forward(
             x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep
         )
-    return y, final, saved if keep else final.new_empty(0)
+    return y, final, saved
 
 
 @selective_scan_fwd.register_fake
@@ -198,8 +198,9 @@ def _fwd_fake(
     batch, time, width = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = x.new_empty((sequences, width, A.shape[1]), dtype=state_dtype(x))
-    shape = (batch, (time + CHUNK - 1) // CHUNK, width, A.shape[1]) if keep else (0,)
-    return x.new_empty(x.shape), final, final.new_empty(shape)
+    chunk = CHUNKS[implementation]
+    size = batch * ((time + chunk - 1) // chunk) * A.shape[1] * width if keep else 0
+    return x.new_empty(x.shape), final, x.new_empty(size)
 
 
 @torch.library.custom_op("fla_swap::selective_scan_bwd", mutates_args=())

@@ -19,7 +19,7 @@ from fla_swap.kernels.scan.checks import state_dtype
 from fla_swap.kernels.scan.packing import Packing, packing
 
 CHUNK = 64
-"""Rows from one saved state to the next; `selective.CHUNK` is the same number."""
+"""Rows from one saved state to the next; the same number as in `selective.CHUNKS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def selective_forward(
     dt_softplus: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B,T,D] in x's dtype, final state [S,D,N], and the states before every CHUNK-th row [B,ceil(T/CHUNK),D,N]."""
+    """y [B,T,D] in x's dtype, final state [S,D,N], and the states [B,M,N,D] before every CHUNK-th row, flat."""
     scan = _prepare(x, dt, A, B, C, dt_bias, initial_state, cu_seqlens, dt_softplus)
     state = _whole(scan, initial_state)
     finals = None if scan.starts is None else scan.starts.clone()
@@ -134,15 +134,17 @@ def selective_forward(
         y[:, start : start + CHUNK] = scan.read(states, start)
         if finals is not None:
             for t in range(states.shape[0]):
-                last, number = scan.edges("last", start, t) or (None, None)
-                finals[number] = torch.where(last, states[t, 0], finals[number])
+                edge = scan.edges("last", start, t)
+                if edge is not None:
+                    finals[edge[1]] = torch.where(edge[0], states[t, 0], finals[edge[1]])
         state = states[-1].clone()
     if D is not None:
         y.addcmul_(scan.x, D.to(y.dtype))
     if z is not None:
         y *= F.silu(z.to(y.dtype))
     final = state if finals is None else finals[:-1].clone()
-    return scan.mask(y).to(x.dtype), final, torch.stack(saved, 1) if keep else final.new_empty(0)
+    kept = torch.stack(saved, 1).mT.to(x.dtype).flatten() if keep else x.new_empty(0)
+    return scan.mask(y).to(x.dtype), final, kept
 
 
 def selective_backward(
@@ -167,8 +169,9 @@ def selective_backward(
     gate = None if z is None else z.to(grad.dtype)
     y_grad = grad if gate is None else grad * F.silu(gate)
     walk = _Walk(scan, y_grad, final_grad)
+    saved = saved.view(x.shape[0], -1, A.shape[1], A.shape[0])
     for start in reversed(range(0, x.shape[1], CHUNK)):
-        walk.step_back(start, saved[:, start // CHUNK])
+        walk.step_back(start, saved[:, start // CHUNK].mT.to(grad.dtype))
     delta_grad = walk.delta_grad.addcmul_(walk.u_grad, scan.x)
     x_grad = walk.u_grad * scan.delta
     D_grad = z_grad = bias_grad = None

@@ -18,11 +18,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _stretch(slot, table, bounds, T, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, PACKED: tl.constexpr):
     """(sequence, number of its segment, first row, end row) of a slot; the sequence is −1 where nothing is to do."""
     if PACKED:
-        sequence = tl.load(table + 2 * slot)
-        local = tl.load(table + 2 * slot + 1)
+        sequence = tl.load(table + 3 * slot)
+        local = tl.load(table + 3 * slot + 1)
+        number = tl.load(table + 3 * slot + 2).to(tl.int64)
         safe = tl.maximum(sequence, 0)
-        start = tl.load(bounds + safe).to(tl.int64) + local.to(tl.int64) * SEGMENT
-        stop = tl.minimum(start + SEGMENT, tl.load(bounds + safe + 1).to(tl.int64))
+        start = tl.maximum(tl.load(bounds + safe).to(tl.int64), number * SEGMENT)
+        stop = tl.minimum(tl.load(bounds + safe + 1).to(tl.int64), (number + 1) * SEGMENT)
     else:
         sequence = slot // SEGMENTS
         local = slot % SEGMENTS
@@ -204,8 +205,8 @@ def hgrn_backward_kernel(
             entering = tl.load(final_grad + own, channels < D, 0).to(tl.float32)
         if ends is not None:
             if PACKED:
-                whole = tl.load(bounds + sequence + 1) - tl.load(bounds + sequence)
-                after = ((whole + SEGMENT - 1) // SEGMENT).to(tl.int32) - 1 - local
+                last = (tl.load(bounds + sequence + 1) - 1) // SEGMENT
+                after = (last - start // SEGMENT).to(tl.int32)
             else:
                 after = SEGMENTS - 1 - local
             for n in range(0, after):
@@ -234,3 +235,19 @@ def hgrn_backward_kernel(
             entering = tl.sum(tl.where((steps == BT - 1)[:, None], passed, 0), 0)
         if (local == 0) & (initial_grad is not None):
             tl.store(initial_grad + own, entering, channels < D)
+
+
+@triton.jit
+def hgrn_step_kernel(x, g, state, out, T, D: tl.constexpr, BD: tl.constexpr):
+    """T steps of the recurrence, in place on the state."""
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    channels = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    mask = channels < D
+    own = tl.load(state + batch * D + channels, mask, 0).to(tl.float32)
+    for t in range(0, T):
+        place = (batch * T + t) * D + channels
+        decay = tl.exp2(tl.load(g + place, mask, 0).to(tl.float32) * LOG2E)
+        own = decay * own + tl.load(x + place, mask, 0).to(tl.float32)
+        tl.store(out + place, own, mask)
+    tl.store(state + batch * D + channels, own, mask)

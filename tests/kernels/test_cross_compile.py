@@ -26,6 +26,8 @@ STACK_LIMITS = {
     ("decay", False): 320,
     ("delta", True): 600,
     ("delta", False): 9040,
+    ("scan", True): 16,
+    ("scan", False): 16,
     ("window", True): 600,
     ("window", False): 1880,
 }
