@@ -41,7 +41,7 @@ def gla_reference(
     uf = None if u is None else u.to(dtype).repeat_interleave(group, 0).unsqueeze(-1)
 
     outputs, finals = [], []
-    for start, stop, sequence in _segments(batch, time, cu_seqlens):
+    for start, stop, sequence in segments(batch, time, cu_seqlens):
         if initial_state is None:
             state = vf.new_zeros(1 if cu_seqlens is not None else batch, heads, width, value_width)
         else:
@@ -92,7 +92,7 @@ def rwkv6_reference(
     )
 
 
-def _segments(batch: int, time: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, slice]]:
+def segments(batch: int, time: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, slice]]:
     """(first step, end, rows of the state) of each independent stretch of time."""
     if cu_seqlens is None:
         return [(0, time, slice(0, batch))]
