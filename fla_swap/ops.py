@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from fla_swap.kernels.decay.ops import gla, gla_step, linear_attention, retention, simple_gla
 from fla_swap.kernels.decay.rwkv6 import rwkv6, rwkv6_step
+from fla_swap.kernels.decay.slots import abc, abc_step, gsa, gsa_step
 from fla_swap.kernels.delta.ops import delta_rule, delta_rule_step, gated_delta_rule, gated_delta_rule_step
+from fla_swap.kernels.feature.ops import based, based_step, rebased, rebased_step
 from fla_swap.kernels.fused.ops import (
     gated_rms_norm,
     linear_cross_entropy,
@@ -18,6 +20,10 @@ from fla_swap.kernels.window.ops import WindowState, new_window_state, window_at
 
 __all__ = [
     "WindowState",
+    "abc",
+    "abc_step",
+    "based",
+    "based_step",
     "delta_rule",
     "delta_rule_step",
     "gated_delta_rule",
@@ -25,12 +31,16 @@ __all__ = [
     "gated_rms_norm",
     "gla",
     "gla_step",
+    "gsa",
+    "gsa_step",
     "hgrn",
     "hgrn_step",
     "linear_attention",
     "linear_cross_entropy",
     "linear_kl",
     "new_window_state",
+    "rebased",
+    "rebased_step",
     "retention",
     "rms_norm",
     "rwkv6",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from fla_swap.errors import MixerError
+from fla_swap.mixers.abc import ABC, ABCConfig
 from fla_swap.mixers.base import MixerConfig, State, TokenMixer
 from fla_swap.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from fla_swap.mixers.gla import GLA, GLAConfig
+from fla_swap.mixers.gsa import GSA, GSAConfig
 from fla_swap.mixers.hgrn import HGRN, HGRNConfig
 from fla_swap.mixers.hgrn2 import HGRN2, HGRN2Config
 from fla_swap.mixers.lightning import Lightning, LightningConfig
@@ -27,6 +29,8 @@ MIXERS: tuple[type[TokenMixer], ...] = (
     Mamba,
     Mamba2,
     RWKV6,
+    GSA,
+    ABC,
     GatedDeltaNet,
 )
 
@@ -40,12 +44,16 @@ def mixer_class(name: str) -> type[TokenMixer]:
 
 
 __all__ = [
+    "ABC",
     "GLA",
+    "GSA",
     "HGRN",
     "HGRN2",
     "MIXERS",
     "RWKV6",
+    "ABCConfig",
     "GLAConfig",
+    "GSAConfig",
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
     "HGRN2Config",

@@ -79,12 +79,16 @@ class RecurrentMixer(StatefulMixer):
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
         wide_dtype = torch.promote_types(dtype, torch.float32)
-        shape = (batch_size, self.heads, self.head_dim, self.v_head_dim)
-        state = {"recurrent": torch.zeros(shape, device=device, dtype=wide_dtype)}
+        shapes = self.memory_shapes()
+        state = {n: torch.zeros((batch_size, *s), device=device, dtype=wide_dtype) for n, s in shapes.items()}
         state |= self.conv_state(batch_size, device, dtype)
         if self.counts:
             state["position"] = torch.zeros(batch_size, device=device, dtype=torch.int64)
         return state
+
+    def memory_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the recurrence remembers of a sequence: name in the state → shape."""
+        return {"recurrent": (self.heads, self.head_dim, self.v_head_dim)}
 
     def inputs(self, x: Tensor, tokens: Tokens, state: State | None) -> Inputs:
         """What the projections, the decay and the output gate read; here the tokens x [B, T, D] themselves."""
@@ -126,11 +130,16 @@ class RecurrentMixer(StatefulMixer):
         q, k = self.features(q, k)
         q, k, v = q.to(v.dtype), tokens.keep(k.to(v.dtype)), tokens.keep(v)
         k, v = share_heads(k, self.q_heads), share_heads(v, self.heads)
+        o = self.remember(inputs.decay, q, k, v, tokens, state)
+        return self._finish(o, x, inputs.gate)
+
+    def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: State | None) -> Tensor:
+        """Run the recurrence (`recur`) from the state, which is updated in place. Returns [B, T, H, V]."""
         initial, decode = self.memory(state, tokens, x.shape[1])
-        o, final = self.recur(inputs.decay, q, k, v, tokens, initial, decode=decode)
+        o, final = self.recur(x, q, k, v, tokens, initial, decode=decode)
         if final is not None:
             store(state, "recurrent", final)
-        return self._finish(o, x, inputs.gate)
+        return o
 
 
 def check_recurrent(config: RecurrentConfig, where: str) -> None:

@@ -178,7 +178,7 @@ def backward(
     last_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """With d = s − z_before: dz_{t-1} = −dd_t + (1 − weight_t) dz_t, and ds_t = dd_t + weight_t dz_t."""
-    sequence, border, starts, outside = _segments(g, starts, cu_seqlens)
+    _, border, starts, outside = _segments(g, starts, cu_seqlens)
     keep = g.exp()
     ahead_grad = weight * (weight_grad * keep - g_grad)
     cut = border | starts if outside is None else border | starts | outside

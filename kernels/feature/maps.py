@@ -23,8 +23,8 @@ def feature_count(width: int, *, taylor: bool) -> int:
 def channels(width: int, *, taylor: bool, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
     """The two channels whose product each feature is, int64 [F] twice; the index `width` stands for the constant 1.
 
-    First the products by the distance of their channels around the circle (d = 0: the squares), then, with `taylor`, the
-    channels themselves, and the constant.
+    First the products by the distance of their channels around the circle (d = 0: the squares), then, with `taylor`,
+    the channels themselves, and the constant.
     """
     features = torch.arange(feature_count(width, taylor=taylor), device=device)
     pairs = feature_count(width, taylor=False)

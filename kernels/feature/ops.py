@@ -247,8 +247,8 @@ def check_triton(q: Tensor) -> None:
         raise KernelError(f"implementation='triton' takes fp32, bf16 or fp16, got {q.dtype}; use 'torch'")
     if q.shape[3] > MAX_WIDTH:
         raise KernelError(
-            f"implementation='triton' takes K up to {MAX_WIDTH} ({feature_count(MAX_WIDTH, taylor=True)} features), got "
-            f"{q.shape[3]}; use 'torch', or map q and k to fewer channels first"
+            f"implementation='triton' takes K up to {MAX_WIDTH} ({feature_count(MAX_WIDTH, taylor=True)} features), "
+            f"got {q.shape[3]}; use 'torch', or map q and k to fewer channels first"
         )
 
 
@@ -356,9 +356,7 @@ def _(
     taylor: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    parts = [
-        q.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape) for x in (initial, initial_sum)
-    ]
+    parts = [q.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape) for x in (initial, initial_sum)]
     return dq, dk, dv, parts[0], parts[1]
 
 

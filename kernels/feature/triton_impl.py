@@ -1,15 +1,15 @@
 """Triton for `based` and `rebased`, forward and backward. Imported only when Triton is chosen.
 
-    state           what the segments before each segment hold; backwards in time: the gradient of that
-    forward         o and the denominators, one program per block of queries
-    delta           1 / denominator and the denominators' gradient
-    query_grad      dq, one program per block of queries
-    key_value_grad  dk and dv, one program per block of keys
+state           what the segments before each segment hold; backwards in time: the gradient of that
+forward         o and the denominators, one program per block of queries
+delta           1 / denominator and the denominators' gradient
+query_grad      dq, one program per block of queries
+key_value_grad  dk and dv, one program per block of keys
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any

@@ -144,8 +144,9 @@ def state_kernel(
 ):  # fmt: skip
     """One tile of the state, before each segment and after the last. Grid: N · H · TILES.
 
-    x = k, y = v. REVERSE: the gradient of the state, after each segment and before the first; x = q (with coefficients),
-    y = do, times `factor` [tokens, H] a row; the normaliser sums `weight` [tokens, H] times the features.
+    x = k, y = v. REVERSE: the gradient of the state, after each segment and before the first; x = q (with
+    coefficients), y = do, times `factor` [tokens, H] a row; the normaliser sums the features times `weight`
+    [tokens, H].
     """
     program = tl.program_id(0).to(tl.int64)
     features = (program % TILES).to(tl.int32) * 64 + tl.arange(0, 64)
@@ -205,7 +206,7 @@ def forward_kernel(
             weights = tl.where(rows[:, None] >= (start + keys)[None, :], weights, 0.0)
         den += tl.sum(weights, 1)
         num += _dot(weights, vs, DOT, PRECISION)
-    if states is not None:
+    if states is not None:  # noqa: SIM102 (decided when compiled)
         if FROM_START or segment > 0:
             where = _segment_slot(sequence, segment, first_slots, SEGMENTS, PACKED) * H + head
             for number in range(0, TILES):
@@ -270,7 +271,7 @@ def query_grad_kernel(
             weights_grad = tl.where(rows[:, None] >= (start + keys)[None, :], weights_grad, 0.0)
         grad += _dot(weights_grad, ks, DOT, PRECISION)
     grad *= scale
-    if states is not None:
+    if states is not None:  # noqa: SIM102 (decided when compiled)
         if FROM_START or segment > 0:
             where = _segment_slot(sequence, segment, first_slots, SEGMENTS, PACKED) * H + head
             for number in range(0, TILES):
@@ -323,7 +324,7 @@ def key_value_grad_kernel(
         value_grad += _dot(weights, dos, DOT, PRECISION)
         key_grad += _dot(weights_grad, qs, DOT, PRECISION)
     key_grad *= scale
-    if states is not None:
+    if states is not None:  # noqa: SIM102 (decided when compiled)
         if FROM_END or segment * L + L < length:
             where = _segment_slot(sequence, segment, first_slots, SEGMENTS, PACKED) * H + head
             for number in range(0, TILES):

@@ -7,8 +7,10 @@ import torch
 
 from fla_swap.mixers import (
     MIXERS,
+    ABCConfig,
     GatedDeltaNetConfig,
     GLAConfig,
+    GSAConfig,
     HGRN2Config,
     HGRNConfig,
     LightningConfig,
@@ -60,6 +62,12 @@ CONFIGS = {
     "rwkv6": RWKV6Config(**HEADS),
     "rwkv6_all": RWKV6Config.paper(
         hidden_size=24, num_heads=4, layer=1, num_layers=3, mix_rank=3, decay_rank=2, conv_size=2
+    ),
+    "gsa": GSAConfig(num_slots=5, **HEADS),
+    "gsa_all": GSAConfig.paper(hidden_size=24, num_heads=4, num_slots=3, expand_kv=False, num_kv_heads=2, conv_size=3),
+    "abc": ABCConfig(num_slots=5, **HEADS),
+    "abc_all": ABCConfig.paper(
+        hidden_size=24, num_heads=4, num_slots=3, clamp=1.5, v_activation="silu", output_activation="silu"
     ),
 }  # fmt: skip
 CLASSES = {mixer.name: mixer for mixer in MIXERS}

@@ -11,6 +11,7 @@ import torch
 
 from fla_swap.errors import MixerError
 from fla_swap.mixers import (
+    ABC,
     GLA,
     HGRN2,
     MIXERS,
@@ -35,6 +36,7 @@ from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, Norm, Pro
 D, H, HK, K, V = 24, 4, 2, 8, 6
 RECURRENT = [mixer for mixer in MIXERS if issubclass(mixer, RecurrentMixer)]
 STATEFUL = [mixer for mixer in MIXERS if issubclass(mixer, StatefulMixer)]
+WITHOUT_DECAY = [ABC]
 
 
 def projection(name: str) -> Projection:
@@ -167,6 +169,10 @@ def test_the_calibration_surface(weights, hidden, mixer_type):
     mixer.set_head_scale_(per_channel)
     same(mixer.head_outputs(hidden), before * per_head[:, None] * per_channel)
     lives = torch.tensor([1.5, 10.0, 100.0, 30000.0]).double()
+    if mixer_type in WITHOUT_DECAY:
+        with pytest.raises(NotImplementedError):
+            mixer.set_half_life_(lives)
+        return
     mixer.set_half_life_(lives)
     g = mixer.decay(torch.zeros_like(hidden))
     g = g.mean(-1) if g.dim() == 4 else g
