@@ -6,7 +6,7 @@ Imported only when Triton is chosen.
 # pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,13 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla_swap.kernels.decay.triton_impl import launch_now
+from fla_swap.kernels.launching import Configuration, Launch, Recorder, launch_now
 
 CHUNK = 64
 LOWEST = -1e38
 """Stands for −inf in the running logsumexp: its differences are not NaN."""
-
-Launch = Callable[..., None]
 
 
 @triton.jit
@@ -146,14 +144,15 @@ def _ahead(weight, g, weight_grad, g_grad, offsets, inside):
     return w * (dw * keep - dg), keep, w
 
 
-def _place(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[int, dict[str, Any]]:
+def _place(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[tuple[int, ...], dict[str, Any]]:
     """(programs, arguments): which rows a program walks."""
     batch, time, heads, slots = shape
     block = min(64, triton.next_power_of_2(slots))
     blocks = -(-slots // block)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     place = {"bounds": cu_seqlens, "T": time, "H": heads, "M": slots, "BLOCKS": blocks, "C": CHUNK, "BLOCK": block}
-    return sequences * heads * blocks, place | {"PACKED": cu_seqlens is not None}
+    programs: Any = sequences * heads * blocks
+    return (programs,), place | {"PACKED": cu_seqlens is not None}
 
 
 def _marks(starts: Tensor | None) -> Tensor | None:
@@ -192,8 +191,22 @@ def backward(
     s_grad = new(g)
     sequences = g.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     initial_grad = g.new_empty((sequences, *g.shape[2:]))
-    given = {"weight_grad": weight_grad.contiguous(), "g_grad": g_grad.contiguous()}
-    given["last_grad"] = None if last_grad is None else last_grad.contiguous()
+    last_grad = None if last_grad is None else last_grad.contiguous()
+    given = {"weight_grad": weight_grad.contiguous(), "g_grad": g_grad.contiguous(), "last_grad": last_grad}
     results = {"s_grad": s_grad, "initial_grad": initial_grad, "starts": _marks(starts)}
     launch(slot_writes_grad_kernel, programs, 4, 1, weight=weight, g=g, **given, **results, **place)
     return s_grad, initial_grad
+
+
+def configurations() -> Iterator[Configuration]:
+    """Kernels as shipped, for one sequence and for packed ones with all options."""
+    record = Recorder()
+    for dtype, packed in ((torch.float32, False), (torch.bfloat16, True)):
+        s = torch.empty(1, 128, 2, 64, dtype=dtype, device="meta")
+        g = torch.empty(s.shape, device="meta")
+        bounds = torch.empty(4, dtype=torch.int32, device="meta") if packed else None
+        last = torch.empty(3, 2, 64, device="meta") if packed else None
+        starts = torch.empty(1, 128, dtype=torch.bool, device="meta") if packed else None
+        forward(s, last, starts, bounds, launch=record)
+        backward(g, g, starts, bounds, g, g, last, launch=record)
+    yield from record.found.values()

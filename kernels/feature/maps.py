@@ -47,11 +47,13 @@ def query_features(q: Tensor, *, scale: float, taylor: bool) -> Tensor:
     pairs = feature_count(width, taylor=False)
     _, linear, square = TAYLOR if taylor else SQUARE
     features = torch.arange(feature_count(width, taylor=taylor), device=q.device)
-    coefficient = torch.where(features < width, 1.0, 2.0) * square * scale * scale
+    coefficient = torch.where(
+        features < width, q.new_full((), square * scale**2), q.new_full((), 2 * square * scale**2)
+    )
     if taylor:
-        coefficient = torch.where(features < pairs, coefficient, linear * scale)
-        coefficient = torch.where(features == pairs + width, TAYLOR[0], coefficient)
-    return key_features(q, taylor=taylor) * coefficient.to(q.dtype)
+        coefficient = torch.where(features < pairs, coefficient, q.new_full((), linear * scale))
+        coefficient = torch.where(features == pairs + width, q.new_full((), TAYLOR[0]), coefficient)
+    return key_features(q, taylor=taylor) * coefficient
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

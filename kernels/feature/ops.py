@@ -35,6 +35,7 @@ def based(
     initial_state: FeatureState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, FeatureState | None]:
     """Attention with the similarity 1 + s + s²/2, s = scale · q·k. Based, 2402.18668.
@@ -48,13 +49,15 @@ def based(
             that of `maps.channels`) times the values, and of the features alone; None means zero.
         output_final_state: also return the state after the last step.
         cu_seqlens: [N+1] int32 or int64, bounds of packed sequences (B = 1); rows after the last bound give zero.
+        valid: bool [B,T], the keys that count (padding does not: it would add its 1 to the denominator); the output of
+            a token that does not count is arbitrary.
         implementation: "reference", "torch" or "triton"; None: Triton on a GPU, PyTorch on a CPU.
     Returns:
         (o, final_state): o [B,T,H,V] in q's dtype; the final (S, z), or None unless asked for.
     Raises:
         KernelError: a wrong shape, dtype or device, or an implementation that cannot run here.
     """
-    options = (scale, eps, initial_state, output_final_state, cu_seqlens, implementation)
+    options = (scale, eps, initial_state, output_final_state, cu_seqlens, valid, implementation)
     return _attend(q, k, v, *options, taylor=True)
 
 
@@ -68,11 +71,12 @@ def rebased(
     initial_state: FeatureState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, FeatureState | None]:
     """Attention with the similarity s², s = scale · q·k. Rebased, 2402.10644 (whose learned map of q and k, with its
     norm, comes before: it is part of the mixer). Arguments as for `based`."""
-    options = (scale, eps, initial_state, output_final_state, cu_seqlens, implementation)
+    options = (scale, eps, initial_state, output_final_state, cu_seqlens, valid, implementation)
     return _attend(q, k, v, *options, taylor=False)
 
 
@@ -84,13 +88,14 @@ def based_step(
     state: FeatureState,
     scale: float | None = None,
     eps: float = 1e-6,
+    valid: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """`based` for decoding: T from 1 to a handful, both parts of the state (fp32, contiguous) updated in place.
 
     Other arguments as for `based`; no gradient. Returns o [B,T,H,V] in q's dtype.
     """
-    return _step(q, k, v, state, scale, eps, implementation, taylor=True)
+    return _step(q, k, v, state, scale, eps, valid, implementation, taylor=True)
 
 
 def rebased_step(
@@ -101,10 +106,11 @@ def rebased_step(
     state: FeatureState,
     scale: float | None = None,
     eps: float = 1e-6,
+    valid: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """`rebased` for decoding; see `based_step`."""
-    return _step(q, k, v, state, scale, eps, implementation, taylor=False)
+    return _step(q, k, v, state, scale, eps, valid, implementation, taylor=False)
 
 
 def normalised(
@@ -172,28 +178,43 @@ def _attend(
     initial_state: FeatureState | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
+    valid: Tensor | None,
     implementation: str | None,
     *,
     taylor: bool,
 ) -> tuple[Tensor, FeatureState | None]:
     chosen = choose_implementation(implementation, q.device)
     check_arguments(q, k, v, initial_state, cu_seqlens, taylor=taylor)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if valid is not None:
+        check_shape("valid", valid, tuple(q.shape[:2]))
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     if chosen == "triton":
         check_triton(q)
         initial, initial_sum = initial_state or (None, None)
         o, _, final, final_sum = feature_fwd(
-            q, k, v, initial, initial_sum, cu_seqlens, scale, float(eps), taylor, output_final_state
+            q, k, v, initial, initial_sum, cu_seqlens, valid, factor, float(eps), taylor, output_final_state
         )
         return o, (final, final_sum) if output_final_state else None
     options = {"eps": eps, "initial_state": initial_state, "output_final_state": output_final_state}
     if chosen == "reference":
         reference = based_reference if taylor else rebased_reference
-        return reference(q, k, v, scale=scale, cu_seqlens=cu_seqlens, **options)
+        return reference(q, k, v, scale=factor, cu_seqlens=cu_seqlens, valid=valid, **options)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    mapped_q = query_features(q.to(dtype), scale=scale, taylor=taylor)
+    counts = _counted(q, cu_seqlens, valid)
+    if counts is not None:
+        q, k, v = (torch.where(counts, x, 0) for x in (q, k, v))
+    mapped_q = query_features(q.to(dtype), scale=factor, taylor=taylor)
     mapped_k = key_features(k.to(dtype), taylor=taylor)
+    mapped_k = mapped_k if counts is None else mapped_k * counts
     return normalised(mapped_q, mapped_k, v, cu_seqlens=cu_seqlens, implementation="torch", **options)
+
+
+def _counted(q: Tensor, cu_seqlens: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """bool [B or 1,T,1,1]: the tokens that count; None: all."""
+    if cu_seqlens is None:
+        return None if valid is None else valid[:, :, None, None]
+    inside = torch.arange(q.shape[1], device=q.device)[None] < cu_seqlens[-1]
+    return (inside if valid is None else inside & valid)[:, :, None, None]
 
 
 def _step(
@@ -203,17 +224,19 @@ def _step(
     state: FeatureState,
     scale: float | None,
     eps: float,
+    valid: Tensor | None,
     implementation: str | None,
     *,
     taylor: bool,
 ) -> Tensor:
     choose_implementation(implementation, q.device)
     check_arguments(q, k, v, state, None, taylor=taylor)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        mapped_q = query_features(q.to(dtype), scale=scale, taylor=taylor)
+        mapped_q = query_features(q.to(dtype), scale=factor, taylor=taylor)
         mapped_k = key_features(k.to(dtype), taylor=taylor)
+        mapped_k = mapped_k if valid is None else mapped_k * valid[:, :, None, None]
         return normalised_step(mapped_q, mapped_k, v, state=state, eps=eps, implementation=implementation)
 
 
@@ -260,6 +283,7 @@ def feature_fwd(
     initial: Tensor | None,
     initial_sum: Tensor | None,
     cu_seqlens: Tensor | None,
+    valid: Tensor | None,
     scale: float,
     eps: float,
     taylor: bool,
@@ -269,7 +293,7 @@ def feature_fwd(
     from fla_swap.kernels.feature import triton_impl
 
     o, den, final, final_sum = triton_impl.forward(
-        q, k, v, initial, initial_sum, cu_seqlens, scale, eps, taylor, output_final_state
+        q, k, v, initial, initial_sum, cu_seqlens, valid, scale, eps, taylor, output_final_state
     )
     if final is None or final_sum is None or not output_final_state:
         return o, den, den.new_empty(0), den.new_empty(0)
@@ -284,6 +308,7 @@ def _(
     initial: Tensor | None,
     initial_sum: Tensor | None,
     cu_seqlens: Tensor | None,
+    valid: Tensor | None,
     scale: float,
     eps: float,
     taylor: bool,
@@ -305,6 +330,7 @@ def feature_bwd(
     initial: Tensor | None,
     initial_sum: Tensor | None,
     cu_seqlens: Tensor | None,
+    valid: Tensor | None,
     o: Tensor,
     den: Tensor,
     out_grad: Tensor,
@@ -324,6 +350,7 @@ def feature_bwd(
         initial,
         initial_sum,
         cu_seqlens,
+        valid,
         o,
         den,
         out_grad,
@@ -346,6 +373,7 @@ def _(
     initial: Tensor | None,
     initial_sum: Tensor | None,
     cu_seqlens: Tensor | None,
+    valid: Tensor | None,
     o: Tensor,
     den: Tensor,
     out_grad: Tensor,
@@ -382,7 +410,7 @@ def _autograd(
     gradients = feature_bwd(*tensors, o, den, out_grad, final_grad, final_sum_grad, *ctx.options)
     dq, dk, dv, ds, dz = gradients
     has_state = tensors[3] is not None
-    return dq, dk, dv, ds if has_state else None, dz if has_state else None, *(None,) * 5
+    return dq, dk, dv, ds if has_state else None, dz if has_state else None, *(None,) * 6
 
 
 feature_fwd.register_autograd(_autograd, setup_context=_setup_context)

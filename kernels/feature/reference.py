@@ -23,9 +23,10 @@ def based_reference(
     initial_state: FeatureState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, FeatureState | None]:
     """`based`: every token over all tokens before it, with the similarity written out. Arguments as for `ops.based`."""
-    return _reference(q, k, v, scale, eps, initial_state, output_final_state, cu_seqlens, taylor=True)
+    return _reference(q, k, v, scale, eps, initial_state, output_final_state, cu_seqlens, valid, taylor=True)
 
 
 def rebased_reference(
@@ -38,9 +39,10 @@ def rebased_reference(
     initial_state: FeatureState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, FeatureState | None]:
     """`rebased` likewise."""
-    return _reference(q, k, v, scale, eps, initial_state, output_final_state, cu_seqlens, taylor=False)
+    return _reference(q, k, v, scale, eps, initial_state, output_final_state, cu_seqlens, valid, taylor=False)
 
 
 def _reference(
@@ -52,6 +54,7 @@ def _reference(
     initial_state: FeatureState | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
+    valid: Tensor | None,
     *,
     taylor: bool,
 ) -> tuple[Tensor, FeatureState | None]:
@@ -59,6 +62,7 @@ def _reference(
     batch, time, heads, width = q.shape
     factor = width**-0.5 if scale is None else scale
     qf, kf, vf = (x.to(dtype) for x in (q, k, v))
+    counts = torch.ones(batch, time, 1, dtype=dtype, device=q.device) if valid is None else valid[..., None].to(dtype)
     outputs, finals = [], []
     for start, stop, rows in segments(batch, time, cu_seqlens):
         if initial_state is None:
@@ -70,11 +74,12 @@ def _reference(
         for t in range(start, stop):
             scores = (kf[:, start : t + 1] * qf[:, t : t + 1]).sum(-1) * factor
             weights = 1 + scores + scores.square() / 2 if taylor else scores.square()
+            weights = weights * counts[:, start : t + 1]
             mapped = query_features(qf[:, t], scale=factor, taylor=taylor)
             above = (weights.unsqueeze(-1) * vf[:, start : t + 1]).sum(1) + (mapped.unsqueeze(-1) * state).sum(-2)
             below = weights.sum(1) + (mapped * sums).sum(-1)
             outputs.append(above / (below + eps).unsqueeze(-1))
-        mapped = key_features(kf[:, start:stop], taylor=taylor)
+        mapped = key_features(kf[:, start:stop], taylor=taylor) * counts[:, start:stop, :, None]
         finals.append((state + torch.einsum("bthf,bthv->bhfv", mapped, vf[:, start:stop]), sums + mapped.sum(1)))
     o = torch.stack(outputs, 1) if outputs else vf[:, :0]
     if o.shape[1] < time:

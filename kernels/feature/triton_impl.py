@@ -9,13 +9,11 @@ key_value_grad  dk and dv, one program per block of keys
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -28,19 +26,18 @@ from fla_swap.kernels.feature.triton_kernels import (
     query_grad_kernel,
     state_kernel,
 )
+from fla_swap.kernels.launching import Configuration, Launch, Recorder, has_large_memory, launch_now
 
 MAX_VALUE_WIDTH = 256
 SEGMENT = 512
 TILE = 64
 KEY_PAD = 16
 
-Launch = Callable[..., None]
 States = tuple[Tensor | None, Tensor | None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """Tile sizes and how to run a kernel: BQ queries, BK keys (C tokens in the state kernel)."""
+class Blocks(NamedTuple):
+    """Tile sizes and how to run a kernel: BQ queries, BK keys (tokens at a time in the state kernel)."""
 
     queries: int
     keys: int
@@ -48,19 +45,22 @@ class Blocks:
     stages: int
 
 
-FORWARD = Blocks(queries=128, keys=64, warps=8, stages=2)
-QUERY_GRAD = Blocks(queries=128, keys=64, warps=8, stages=2)
-KEY_VALUE_GRAD = Blocks(queries=64, keys=64, warps=4, stages=2)
-STATE = Blocks(queries=64, keys=64, warps=4, stages=2)
+LARGE = {
+    "forward": Blocks(128, 64, 8, 2),
+    "query": Blocks(128, 64, 8, 2),
+    "key": Blocks(64, 64, 4, 2),
+    "state": Blocks(64, 64, 4, 2),
+}
+"""For bf16 and fp16 on chips that give a block 200 KiB of shared memory, by measurement on an H100."""
 
 
-def launch_now(kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: Any) -> None:
-    """Run a kernel."""
-    if not all(grid):
-        return
-    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+def blocks_for(kind: str, dtype: torch.dtype, value_block: int, large: bool) -> Blocks:
+    """How to run a kernel. fp32 products run without tensor cores, whose code grows with the tile."""
+    if dtype == torch.float32:
+        return Blocks(32, 32, 8 if value_block > 128 else 4, 1)
+    if value_block > 128:
+        return Blocks(64, 64 if kind == "key" else 32, 8, 1)
+    return LARGE[kind] if large else Blocks(64, 32, 4, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,28 @@ class Problem:
     q: Tensor
     v: Tensor
     bounds: Tensor | None
+    valid: Tensor | None
     scale: float
     eps: float
     taylor: bool
     launch: Launch
+    large: bool
+
+    @property
+    def value_block(self) -> int:
+        """V padded; at least 64, so that no product has a narrow operand on that side."""
+        return max(64, 1 << (self.v.shape[3] - 1).bit_length())
+
+    def run(self, kernel: Any, kind: str, programs: tuple[int, ...] | None = None, **arguments: Any) -> None:
+        """Launch a kernel; without `programs`, over blocks of queries (of keys for "key")."""
+        blocks = blocks_for(kind, self.q.dtype, self.value_block, self.large)
+        if programs is None:
+            slots, place = self.blocks(blocks.keys if kind == "key" else blocks.queries)
+            arguments |= place | {"BQ": blocks.queries, "BK": blocks.keys}
+            programs = (slots, self.q.shape[2])
+        else:
+            arguments["C"] = blocks.keys
+        self.launch(kernel, programs, blocks.warps, blocks.stages, **arguments)
 
     @property
     def sequences(self) -> int:
@@ -103,6 +121,7 @@ class Problem:
         q, narrow = self.q, self.q.dtype == torch.bfloat16 and not triton_interpreted()
         return {
             "bounds": self.bounds,
+            "valid": None if self.valid is None else self.valid.view(torch.uint8),
             "first_slots": self.first_slots,
             "T": q.shape[1],
             "H": q.shape[2],
@@ -113,7 +132,7 @@ class Problem:
             "F": self.features,
             "TILES": -(-self.features // TILE),
             "KP": KEY_PAD,
-            "BV": max(16, triton.next_power_of_2(self.v.shape[3])),
+            "BV": self.value_block,
             "L": SEGMENT,
             "TAYLOR": self.taylor,
             "PACKED": self.bounds is not None,
@@ -151,11 +170,10 @@ def walk(
     states, sums = p.state(slots, torch.bfloat16 if p.q.dtype == torch.bfloat16 else torch.float32)
     final, final_sum = p.state(p.sequences, torch.float32)
     shared = p.shared
-    p.launch(
+    p.run(
         state_kernel,
+        "state",
         (p.sequences * p.q.shape[2] * shared["TILES"],),
-        STATE.warps,
-        STATE.stages,
         x=x,
         y=y,
         factor=factor,
@@ -166,7 +184,6 @@ def walk(
         sums=sums,
         final=final,
         final_sum=final_sum,
-        C=STATE.keys,
         REVERSE=factor is not None,
         **shared,
     )
@@ -180,26 +197,28 @@ def forward(
     initial: Tensor | None,
     initial_sum: Tensor | None,
     cu_seqlens: Tensor | None,
+    valid: Tensor | None,
     scale: float,
     eps: float,
     taylor: bool,
     output_final_state: bool,
     launch: Launch = launch_now,
+    large: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """o, the denominators [B,T,H], and the final state if asked for."""
-    q, k, v, initial, initial_sum, cu_seqlens = _contiguous(q, k, v, initial, initial_sum, cu_seqlens)
-    p = Problem(q=q, v=v, bounds=cu_seqlens, scale=scale, eps=eps, taylor=taylor, launch=launch)
+    q, k, v, initial, initial_sum, cu_seqlens, valid = _contiguous(q, k, v, initial, initial_sum, cu_seqlens, valid)
+    large = has_large_memory(q.device) if large is None else large
+    p = Problem(
+        q=q, v=v, bounds=cu_seqlens, valid=valid, scale=scale, eps=eps, taylor=taylor, launch=launch, large=large
+    )
     states: States = (None, None)
     final: States = (None, None)
     if output_final_state or initial is not None or q.shape[1] > SEGMENT:
         states, final = walk(p, k, v, (initial, initial_sum))
     o, den = p.new(v.shape, v.dtype), p.new(q.shape[:3], torch.float32)
-    slots, place = p.blocks(FORWARD.queries)
-    launch(
+    p.run(
         forward_kernel,
-        (slots, q.shape[2]),
-        FORWARD.warps,
-        FORWARD.stages,
+        "forward",
         q=q,
         k=k,
         v=v,
@@ -208,10 +227,7 @@ def forward(
         o=o,
         den_out=den,
         eps=eps,
-        BQ=FORWARD.queries,
-        BK=FORWARD.keys,
         FROM_START=initial is not None,
-        **place,
         **p.shared,
     )
     return o, den, final[0], final[1]
@@ -224,6 +240,7 @@ def backward(
     initial: Tensor | None,
     initial_sum: Tensor | None,
     cu_seqlens: Tensor | None,
+    valid: Tensor | None,
     o: Tensor,
     den: Tensor,
     out_grad: Tensor,
@@ -233,11 +250,15 @@ def backward(
     eps: float,
     taylor: bool,
     launch: Launch = launch_now,
+    large: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and, if there is one, of the initial state."""
-    q, k, v, initial, initial_sum, cu_seqlens = _contiguous(q, k, v, initial, initial_sum, cu_seqlens)
+    q, k, v, initial, initial_sum, cu_seqlens, valid = _contiguous(q, k, v, initial, initial_sum, cu_seqlens, valid)
     out_grad, final_grad, final_sum_grad = _contiguous(out_grad.to(q.dtype), final_grad, final_sum_grad)
-    p = Problem(q=q, v=v, bounds=cu_seqlens, scale=scale, eps=eps, taylor=taylor, launch=launch)
+    large = has_large_memory(q.device) if large is None else large
+    p = Problem(
+        q=q, v=v, bounds=cu_seqlens, valid=valid, scale=scale, eps=eps, taylor=taylor, launch=launch, large=large
+    )
     factor, den_grad = _delta(p, o, out_grad, den)
     given = {"q": q, "k": k, "v": v, "out_grad": out_grad, "factor": factor, "den_grad": den_grad, **p.shared}
     long = q.shape[1] > SEGMENT
@@ -245,40 +266,28 @@ def backward(
     if initial is not None or long:
         states, _ = walk(p, k, v, (initial, initial_sum))
     dq = p.new(q.shape, q.dtype)
-    slots, place = p.blocks(QUERY_GRAD.queries)
-    launch(
+    p.run(
         query_grad_kernel,
-        (slots, q.shape[2]),
-        QUERY_GRAD.warps,
-        QUERY_GRAD.stages,
+        "query",
         states=states[0],
         sums=states[1],
         dq=dq,
-        BQ=QUERY_GRAD.queries,
-        BK=QUERY_GRAD.keys,
         FROM_START=initial is not None,
         **given,
-        **place,
     )
     states, start_grad = (None, None), (None, None)
     if initial is not None or final_grad is not None or long:
         states, start_grad = walk(p, q, out_grad, (final_grad, final_sum_grad), factor, den_grad)
     dk, dv = p.new(k.shape, k.dtype), p.new(v.shape, v.dtype)
-    slots, place = p.blocks(KEY_VALUE_GRAD.keys)
-    launch(
+    p.run(
         key_value_grad_kernel,
-        (slots, q.shape[2]),
-        KEY_VALUE_GRAD.warps,
-        KEY_VALUE_GRAD.stages,
+        "key",
         states=states[0],
         sums=states[1],
         dk=dk,
         dv=dv,
-        BQ=KEY_VALUE_GRAD.queries,
-        BK=KEY_VALUE_GRAD.keys,
         FROM_END=final_grad is not None,
         **given,
-        **place,
     )
     return dq, dk, dv, start_grad[0], start_grad[1]
 
@@ -302,7 +311,7 @@ def _delta(p: Problem, o: Tensor, out_grad: Tensor, den: Tensor) -> tuple[Tensor
         H=p.q.shape[2],
         eps=p.eps,
         V=width,
-        BV=max(16, triton.next_power_of_2(width)),
+        BV=p.value_block,
         C=32,
         N=p.sequences,
         PACKED=p.bounds is not None,
@@ -312,3 +321,28 @@ def _delta(p: Problem, o: Tensor, out_grad: Tensor, den: Tensor) -> tuple[Tensor
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
+
+
+def configurations(large: bool = False) -> Iterator[Configuration]:
+    """Kernels as shipped, bf16 and fp32, V 64, 128 and 256. `large`: see `blocks_for`."""
+    record = Recorder()
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in (64, 128, 256):
+            for taylor, packed in ((True, False), (False, True)):
+                _record_calls(dtype, width, taylor, packed, large, record)
+    yield from record.found.values()
+
+
+def _record_calls(dtype: torch.dtype, width: int, taylor: bool, packed: bool, large: bool, record: Recorder) -> None:
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    q, k, v = new(1, 128, 2, 16), new(1, 128, 2, 16), new(1, 128, 2, width)
+    bounds = new(4, dtype=torch.int32) if packed else None
+    valid = new(1, 128, dtype=torch.bool) if packed else None
+    lead = (3 if packed else 1, 2, feature_count(16, taylor=taylor))
+    state, sums = new(*lead, width, dtype=torch.float32), new(*lead, dtype=torch.float32)
+    den = new(1, 128, 2, dtype=torch.float32)
+    options = {"launch": record, "large": large}
+    forward(q, k, v, state, sums, bounds, valid, 0.25, 1e-6, taylor, True, **options)
+    backward(q, k, v, state, sums, bounds, valid, v, den, v, state, sums, 0.25, 1e-6, taylor, **options)

@@ -5,8 +5,8 @@ attention, and the similarity is computed from q·k. What earlier segments hold 
 the keys, in tiles of 64 features. A feature is the product of two channels (`_names`; K names the constant 1); keys
 have the bare product, queries the product times a coefficient that holds the polynomial's and the scale.
 
-`where` arguments of every kernel: bounds [N+1] (None: equal lengths T), T, H. Blocks of tokens are found through table
-[slots,2] for packed input, through BLOCKS per sequence otherwise.
+Arguments of every kernel: bounds [N+1] (None: equal lengths T), T, H, valid [tokens] (None: every key counts). Blocks
+of tokens are found through table [slots,2] for packed input, through BLOCKS per sequence otherwise.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -63,6 +63,15 @@ def _store(x, value, first, head, H, rows, stop, columns, D: tl.constexpr):
 def _numbers(x, first, head, H, rows, stop, other):
     """Rows of a [tokens, H] tensor."""
     return tl.load(x + first * H + head + rows * H, mask=rows < stop, other=other)
+
+
+@triton.jit
+def _counts(valid, first, rows, stop):
+    """Whether these rows are keys that count."""
+    inside = rows < stop
+    if valid is not None:
+        inside = inside & (tl.load(valid + first + rows, mask=inside, other=0) != 0)
+    return inside
 
 
 @triton.jit
@@ -136,7 +145,7 @@ def _store_tile(states, sums, tile, total, slot, features, values, F: tl.constex
 
 @triton.jit(do_not_specialize=["T", "H", "SEGMENTS"])
 def state_kernel(
-    x, y, factor, weight, initial, initial_sum, bounds, first_slots, states, sums, final, final_sum,
+    x, y, factor, weight, valid, initial, initial_sum, bounds, first_slots, states, sums, final, final_sum,
     T, H, SEGMENTS, scale,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, TAYLOR: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
@@ -175,14 +184,15 @@ def state_kernel(
                 total += tl.sum(mapped * _numbers(weight, first, head, H, token, length, 0.0)[:, None], 0)
                 mapped *= _numbers(factor, first, head, H, token, length, 0.0)[:, None]
             else:
-                total += tl.sum(tl.where((token < length)[:, None], mapped, 0.0), 0)
+                mapped = tl.where(_counts(valid, first, token, length)[:, None], mapped, 0.0)
+                total += tl.sum(mapped, 0)
             tile += _dot(tl.trans(mapped), ys, DOT, PRECISION)
     _store_tile(final, final_sum, tile, total, row, features, values, F, V)
 
 
 @triton.jit(do_not_specialize=["T", "H", "BLOCKS", "SEGMENTS"])
 def forward_kernel(
-    q, k, v, states, sums, table, bounds, first_slots, o, den_out, T, H, BLOCKS, SEGMENTS, scale, eps,
+    q, k, v, valid, states, sums, table, bounds, first_slots, o, den_out, T, H, BLOCKS, SEGMENTS, scale, eps,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     L: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TAYLOR: tl.constexpr, PACKED: tl.constexpr,
     FROM_START: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -204,6 +214,8 @@ def forward_kernel(
         weights = _similarity(_dot(qs, tl.trans(ks), DOT, PRECISION) * scale, TAYLOR)
         if start + BK > begin:
             weights = tl.where(rows[:, None] >= (start + keys)[None, :], weights, 0.0)
+        if valid is not None:
+            weights = tl.where(_counts(valid, first, start + keys, length)[None, :], weights, 0.0)
         den += tl.sum(weights, 1)
         num += _dot(weights, vs, DOT, PRECISION)
     if states is not None:  # noqa: SIM102 (decided when compiled)
@@ -242,7 +254,8 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "BLOCKS", "SEGMENTS"])
 def query_grad_kernel(
-    q, k, v, states, sums, table, bounds, first_slots, out_grad, factor, den_grad, dq, T, H, BLOCKS, SEGMENTS, scale,
+    q, k, v, valid, states, sums, table, bounds, first_slots, out_grad, factor, den_grad, dq,
+    T, H, BLOCKS, SEGMENTS, scale,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     L: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TAYLOR: tl.constexpr, PACKED: tl.constexpr,
     FROM_START: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -269,6 +282,8 @@ def query_grad_kernel(
         weights_grad *= _slope(scores, TAYLOR)
         if start + BK > begin:
             weights_grad = tl.where(rows[:, None] >= (start + keys)[None, :], weights_grad, 0.0)
+        if valid is not None:
+            weights_grad = tl.where(_counts(valid, first, start + keys, length)[None, :], weights_grad, 0.0)
         grad += _dot(weights_grad, ks, DOT, PRECISION)
     grad *= scale
     if states is not None:  # noqa: SIM102 (decided when compiled)
@@ -286,7 +301,7 @@ def query_grad_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "BLOCKS", "SEGMENTS"])
 def key_value_grad_kernel(
-    q, k, v, states, sums, table, bounds, first_slots, out_grad, factor, den_grad, dk, dv,
+    q, k, v, valid, states, sums, table, bounds, first_slots, out_grad, factor, den_grad, dk, dv,
     T, H, BLOCKS, SEGMENTS, scale,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     L: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, TAYLOR: tl.constexpr, PACKED: tl.constexpr,
@@ -334,5 +349,8 @@ def key_value_grad_kernel(
                 value_grad += _dot(_monomials(ks, a, b, channels, K, DOT, PRECISION), tile, DOT, PRECISION)
                 mapped_grad = _dot(vs, tl.trans(tile), DOT, PRECISION) + total[None, :]
                 key_grad += _chain_rule(ks, mapped_grad, a, b, channels, K, DOT, PRECISION)
+    if valid is not None:
+        counts = _counts(valid, first, rows, length)[:, None]
+        key_grad, value_grad = tl.where(counts, key_grad, 0.0), tl.where(counts, value_grad, 0.0)
     _store(dk, key_grad, first, head, H, rows, length, channels, K)
     _store(dv, value_grad, first, head, H, rows, length, values, V)
