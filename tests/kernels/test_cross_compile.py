@@ -26,5 +26,113 @@ STACK_LIMITS = {
     ("decay", False): 320,
     ("delta", True): 600,
     ("delta", False): 9040,
+    ("scan", True): 16,
+    ("scan", False): 16,
     ("feature", True): 400,
     ("feature", False): 2500,
+    ("window", True): 600,
+    ("window", False): 1880,
+}
+
+# Shared memory that one block may use, in bytes.
+LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+PROGRAM = r"""
+import importlib, inspect, json, re, subprocess, sys, tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+everything, folders, limits, *targets = sys.argv[1:]
+limits = json.loads(limits)
+
+
+def demand(configuration):
+    _, _, signature, constexprs, _, _ = configuration
+    narrow = "*bf16" in signature.values()
+    given = sum(kind != "constexpr" for kind in signature.values())
+    return narrow, given, sum(value for value in constexprs.values() if isinstance(value, int))
+
+
+def selected(folder, target):
+    found = {}
+    configurations = importlib.import_module(f"fla_swap.kernels.{folder}.triton_impl").configurations
+    sized = "large" in inspect.signature(configurations).parameters
+    for configuration in configurations(large=limits[target] >= 200 << 10) if sized else configurations():
+        key = configuration[0] if everything == "all" else configuration[1].fn.__name__
+        if key not in found or demand(configuration) > demand(found[key]):
+            found[key] = configuration
+    return [(folder, *configuration) for configuration in found.values()]
+
+
+def target_of(name):
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+
+
+def spilled(compiled):
+    cubin = compiled.asm.get("cubin")
+    if cubin is None:
+        match = re.search(r"vgpr_spill_count:\s*(\d+)", compiled.asm.get("amdgcn", ""))
+        return int(match.group(1)) if match else 0
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
+
+
+for target in targets:
+    chosen = [configuration for folder in folders.split(",") for configuration in selected(folder, target)]
+    for folder, name, kernel, signature, constexprs, num_warps, num_stages in chosen:
+        row = {"folder": folder, "kernel": kernel.fn.__name__, "name": name, "target": target}
+        row["narrow"] = "*bf16" in signature.values()
+        try:
+            aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+            source = triton.compiler.ASTSource(kernel, signature, constexprs, aligned)
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            compiled = triton.compile(source, target=target_of(target), options=options)
+            row |= {"shared": compiled.metadata.shared, "spilled": spilled(compiled)}
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:2000]
+        sys.stdout.write(json.dumps(row) + "\n")
+"""
+
+
+def compile_all(folders: list[str], which: str, targets: list[str]) -> list[dict[str, object]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM, which, ",".join(folders), json.dumps(LIMITS), *targets]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(rows: list[dict[str, object]]) -> None:
+    assert rows, "configurations() yielded no kernel"
+    wrong = []
+    for row in rows:
+        limit = STACK_LIMITS[row["folder"], row["narrow"]]
+        if "error" in row:
+            wrong.append(f"{row['name']} on {row['target']}: {row['error']}")
+        elif row["target"] == "sm_90" and row["spilled"] > limit:
+            wrong.append(f"{row['name']} on {row['target']}: {row['spilled']} bytes of registers spilled")
+        elif row["shared"] > LIMITS[row["target"]]:
+            wrong.append(f"{row['name']} on {row['target']}: {row['shared']} bytes of shared memory")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_kernel_compiles() -> None:
+    rows = compile_all(FOLDERS, "one", list(LIMITS))
+    assert {row["folder"] for row in rows} == set(FOLDERS) >= {"decay", "delta", "window"}
+    check(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", list(LIMITS))
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_configuration_compiles(folder: str, target: str) -> None:
+    check(compile_all([folder], "all", [target]))
