@@ -11,7 +11,8 @@ from torch import Tensor
 from fla_swap.errors import KernelError
 from fla_swap.kernels.feature import ops
 from fla_swap.kernels.feature.maps import feature_count, hedgehog_features, key_features, query_features
-from fla_swap.kernels.feature.ops import based, based_step, normalised, rebased, rebased_step
+from fla_swap.kernels.feature.normalised import normalised
+from fla_swap.kernels.feature.ops import based, based_step, rebased, rebased_step
 from fla_swap.kernels.feature.reference import based_reference, rebased_reference
 
 FP32_BAR = 1e-5
