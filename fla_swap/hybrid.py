@@ -83,13 +83,13 @@ class SwappedAttention(StatefulLayer):
             check_zero(self.site, self._takes.name(path), given(path))
         hidden = given(call.hidden)
         hidden = hidden.transpose(0, 1) if call.time_first else hidden
-        mask = self._mask(given, hidden.shape[1])
+        packed = kwargs.get("cu_seq_lens_q")
+        mask = self._mask(given, None if packed is not None or self._flash() else hidden.shape[1])
         cache = given(call.cache)
         cache = getattr(cache, "self_attention_cache", cache)
         cos, sin = given(call.cos), given(call.sin)
         tables = None if cos is None or sin is None else (cos, sin)
         where: dict[str, Any] = {"positions": given(call.positions), "cos_sin": tables}
-        packed = kwargs.get("cu_seq_lens_q")
         run = self._with_keys if self.mixer.uses_kv_cache else self._with_state
         mixed = run(hidden, mask, cache, packed, where)
         mixed = mixed.transpose(0, 1) if call.time_first else mixed
@@ -97,12 +97,15 @@ class SwappedAttention(StatefulLayer):
         residual = given(call.residual)
         return self._pack(mixed if residual is None else residual + mixed)
 
-    def _mask(self, given: Callable[[ArgPath | None], Any], tokens: int) -> Any:
-        """The model's mask: as it is, or made of one over pairs of tokens and one over the keys."""
+    def _mask(self, given: Callable[[ArgPath | None], Any], tokens: int | None) -> Any:
+        """The model's mask: as it is, or made of one over pairs of tokens and one over the keys.
+
+        `tokens`: how many there are, None where the attention needs no mask to know what it hides (flash, packed).
+        """
         call = self.call
         if call.pairs is None and call.padding is None:
             mask = given(call.mask)
-            if mask is None and not self._flash():
+            if mask is None and tokens is not None:
                 check_unmasked(self.site, tokens)
             if self.site.alibi is not None and isinstance(mask, Tensor) and mask.is_floating_point():
                 mask = mask > HIDDEN  # it may hold the ALiBi bias, which the mixer adds itself
