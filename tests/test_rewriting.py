@@ -11,6 +11,7 @@ from torch import nn
 
 import fla_swap as fs
 from fla_swap.errors import RewriteError
+from fla_swap.rewriting import exact
 from fla_swap.types import LayerPlan, Mask, Projection, WeightRef
 
 
@@ -87,6 +88,16 @@ def test_a_padding_mask_is_left_alone_with_the_reason():
     assert "unchanged" in result.note and "modeling_llama.py" in result.skipped[0].source
 
 
+def test_what_the_matcher_fails_on_is_left_alone_with_the_error(monkeypatch):
+    def fail(*args):
+        raise TypeError("unhashable")
+
+    monkeypatch.setattr(exact, "choose", fail)
+    model, x = hand()
+    (skipped,) = fs.rewrite(torch.export.export(model, (x,))).skipped
+    assert "could not read this code, TypeError: unhashable (test_rewriting.py:" in skipped.reason
+
+
 def test_a_graph_without_attention_passes_through_and_says_so():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     program = torch.export.export(model, (torch.randn(3, 4),))
@@ -154,6 +165,31 @@ def test_attention_without_a_module_gets_a_mixer_that_trains_and_the_rest_stays_
     assert {n for n, _ in module.named_parameters() if not n.startswith("mixers.")} == set()
     both = fs.SwapPlan(layers=tuple(LayerPlan(site=model.site(n), mixer="softmax") for n in (0, 1)))
     assert difference(model(x), fs.rewrite(torch.export.export(model, (x,)), both).module()(x)) < 1e-5
+
+
+class FarWindow(Twice):
+    """Causal, and from the 200th token on only the last 200."""
+
+    @staticmethod
+    def hidden(length):
+        place = torch.arange(length)
+        return (place[None] > place[:, None]) | (place[:, None] - place[None] >= 200)
+
+
+def test_a_planned_site_is_held_against_a_program_of_dynamic_length_at_two_lengths():
+    torch.manual_seed(0)
+    model, x = FarWindow(), torch.randn(2, 13, 16)
+    program = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim("time", min=2, max=4096)},))
+    causal = fs.SwapPlan(layers=(LayerPlan(site=model.site(0), mixer="softmax"),))
+    with pytest.raises(RewriteError, match="differs from the planned site"):
+        fs.rewrite(program, causal)
+    right = dataclasses.replace(model.site(0), mask=Mask(kind="window", window=200))
+    result = fs.rewrite(program, fs.SwapPlan(layers=(LayerPlan(site=right, mixer="softmax"),)))
+    assert result.records[0].checked_length == 1027
+    x = torch.randn(2, 300, 16)
+    assert difference(model(x), result.module()(x)) < 1e-5
+    (record,) = fs.rewrite(torch.export.export(model, (x[:, :13],)), causal).records
+    assert record.checked_length == 13  # that program takes 13 tokens, never more
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fla_swap.errors import NoValue
 from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, op_name, shape
+from fla_swap.patterns.parts import unread
 from fla_swap.patterns.rows import RowEvaluator, RowsRefused
 from fla_swap.rewriting.masks import MaskUnknown, Term, Visible, read_mask
 
@@ -97,6 +98,8 @@ def _match(node: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> Any:
             result = recogniser.match(node, graph)
         except (ValueError, NoValue) as error:
             return Refused(f"a number in it is no constant of the graph: {error}", node)
+        except Exception as error:  # whatever a graph that nobody has seen does to a recogniser
+            return Refused(unread(error), node)
         if not isinstance(result, Absent):
             return result
     return Absent()

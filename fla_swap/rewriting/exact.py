@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from fla_swap.errors import NoValue
 from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.graph import DROPOUT, LAYOUT, alias_root, argument, modules_of, shape, source_of
+from fla_swap.patterns.parts import unread
 from fla_swap.patterns.rows import RowEvaluator
 from fla_swap.rewriting.cores import SDPA_OPS, Core, CoreRefused, candidates, closed_inputs, prove, read_core
 from fla_swap.rewriting.masks import constants, expected_rows
@@ -21,8 +23,8 @@ from fla_swap.rewriting.twins import Traced, Twin, bounds, default_sizes, static
 from fla_swap.types import Mask
 
 TOLERANCE = 1e-4
-_LONGEST = 16384
-_FAR, _WHOLE_RANGE = 1024, 4096
+LONGEST = 16384
+FAR, _WHOLE_RANGE = 1024, 4096
 PROVABLE = 2**24
 _CLOSURE = 256
 
@@ -57,6 +59,9 @@ def rewrite_graph(traced: Traced) -> Outcome:
             match = search.match(anchor)
         except CoreRefused as refused:
             skipped.append(_skipped(original, str(refused), source_of(refused.node)))
+            continue
+        except Exception as error:  # whatever a graph that nobody has seen does to the matcher
+            skipped.append(_skipped(original, unread(error)))
             continue
         read |= dict.fromkeys(n.name for n in closed_inputs(match.core, search.twin.graph) if n.name in traced.values)
         records.append(_replace(traced.module.graph, match, search.twin, original))
@@ -104,12 +109,12 @@ class _Search:
                 core = read_core(anchor, self.twin.graph, self.patterns)
             except CoreRefused:
                 continue
-            lengths |= _symbols(self.twin.original[core.q])
-            hints |= {h for h in constants(core.terms, self.twin.graph, core.length) if h <= _LONGEST}
+            lengths |= query_symbols(self.twin.original[core.q])
+            hints |= {h for h in constants(core.terms, self.twin.graph, core.length) if h <= LONGEST}
         sizes = {}
         for symbol, short in self.sizes.items():
             low, high = bounds(self.traced, symbol)
-            far = high if high <= _WHOLE_RANGE else min(high, max(2 * short, _FAR, *hints) + 3)
+            far = high if high <= _WHOLE_RANGE else min(high, max(2 * short, FAR, *hints) + 3)
             sizes[symbol] = far if symbol in lengths else max(low, 2)
         return symbolic_twin(self.traced, sizes)
 
@@ -119,8 +124,8 @@ class _Search:
         back = {original: copy for copy, original in self.long.original.items()}
         anchor = back[self.twin.original[short.anchor]]
         core = read_core(anchor, self.long.graph, self.patterns)
-        if _symbols(self.twin.original[short.q]):
-            high = max(bounds(self.traced, s)[1] for s in _symbols(self.twin.original[short.q]))
+        if query_symbols(self.twin.original[short.q]):
+            high = max(bounds(self.traced, s)[1] for s in query_symbols(self.twin.original[short.q]))
             beyond = [h for h in constants(short.terms, self.twin.graph, short.length) if core.length <= h < high]
             if beyond:
                 reason = f"the mask uses a constant {max(beyond)}, beyond the longest length evaluated, {core.length}"
@@ -147,7 +152,7 @@ class _Search:
             raise CoreRefused(f"{spec.name} differs from the graph by {error:.1e} (relative, fp32)", core.anchor)
 
 
-def _symbols(node: fx.Node) -> set:
+def query_symbols(node: fx.Node) -> set[Any]:
     """The symbols in the number of queries."""
     val = node.meta.get("val")
     size = val.shape[-2] if isinstance(val, Tensor) else None

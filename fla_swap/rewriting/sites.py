@@ -1,13 +1,14 @@
 """`fs.rewrite(program, plan)`: mixers in the place of attention on a graph, also of one that has no module of its own.
 
 A planned site is found again by the names of the weights that q, k, v and the output go through, and what stands
-between the hidden states and the output is held against the attention rebuilt from the site first.
+between the hidden states and the output is held against the attention rebuilt from the site first: at two lengths where
+the program takes more than one.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,10 @@ from fla_swap.patterns.output import find_output
 from fla_swap.patterns.path import walk_path
 from fla_swap.patterns.projection import Linear
 from fla_swap.rewriting.cores import CoreRefused, candidates, read_core, sizes
-from fla_swap.rewriting.exact import PROVABLE, TOLERANCE, erase_dead
+from fla_swap.rewriting.exact import FAR, LONGEST, PROVABLE, TOLERANCE, erase_dead, query_symbols
+from fla_swap.rewriting.masks import constants
 from fla_swap.rewriting.records import Rewrite, RewriteRecord
-from fla_swap.rewriting.twins import Traced, Twin, default_sizes, static_twin, symbolic_twin
+from fla_swap.rewriting.twins import Traced, Twin, bounds, default_sizes, static_twin, symbolic_twin
 from fla_swap.types import AttentionSite, LayerPlan, SwapPlan
 
 aten = torch.ops.aten
@@ -50,15 +52,63 @@ def rewrite_sites(program: ExportedProgram, plan: SwapPlan) -> Rewrite:
     regions, reasons = _regions(twin.graph, patterns)
     weights = {**program.constants, **program.state_dict}
     found = [(layer, _region_of(layer.site, regions, reasons)) for layer in plan.layers]
+    far = _far(module, twin, found, patterns) if found else None
+    proved: list[tuple[LayerPlan, Region, int]] = []
     for layer, region in found:
         _prove(layer.site, region, twin.graph, weights)
-    records = [_install(module, layer, region, twin, weights) for layer, region in found]
+        checked = region
+        if far is not None:
+            checked = _moved(region, twin, far)
+            _prove(layer.site, checked, far.graph, weights)
+        window, length = layer.site.mask.window, _tokens(layer.site, checked)
+        if far is not None and window is not None and window >= length:
+            reason = f"at {length} tokens, the most that it can be proved on here, its window of {window} hides nothing"
+            raise RewriteError(f"{layer.site.fqn}: {reason}; export with a fixed number of tokens")
+        proved.append((layer, region, length))
+    records = [_install(module, layer, region, twin, weights, length) for layer, region, length in proved]
     module.graph.lint()
     module.recompile()
     return Rewrite(program=module, records=tuple(records))
 
 
+def _far(
+    module: fx.GraphModule, twin: Twin, found: Sequence[tuple[LayerPlan, Region]], patterns: Catalogue
+) -> Twin | None:
+    """The graph at a second length, beyond every window and constant of the masks as far as a proof can be run there;
+    None where the program takes one length only."""
+    cores = [read_core(region.anchor, twin.graph, patterns) for _, region in found]
+    lengths = {symbol for core in cores for symbol in query_symbols(twin.original[core.q])}
+    if not lengths:
+        return None
+    windows = [layer.site.mask.window or 0 for layer, _ in found]
+    hints = {h for core in cores for h in constants(core.terms, twin.graph, core.length) if h <= LONGEST}
+    affordable = int((PROVABLE / (2 * max(layer.site.heads for layer, _ in found))) ** 0.5)
+    wanted = min(max(FAR, *windows, *hints) + 3, affordable)
+    traced, chosen = _traced(module), {}
+    for symbol in traced.symbols():
+        low, high = bounds(traced, symbol)
+        chosen[symbol] = min(high, max(low, wanted if symbol in lengths else 2))
+    return symbolic_twin(traced, chosen)
+
+
+def _moved(region: Region, twin: Twin, far: Twin) -> Region:
+    """The same region in another twin of the program."""
+    back = {original: copy for copy, original in far.original.items()}
+    anchor, hidden, out = (back[twin.original[n]] for n in (region.anchor, region.hidden, region.out))
+    return Region(anchor=anchor, hidden=hidden, out=out, names=region.names)
+
+
+def _tokens(site: AttentionSite, region: Region) -> int:
+    return sizes(region.hidden)[0 if site.call.time_first else 1]
+
+
 def _twin(module: fx.GraphModule) -> Twin:
+    traced = _traced(module)
+    chosen = default_sizes(traced)
+    return symbolic_twin(traced, chosen) if chosen else static_twin(traced)
+
+
+def _traced(module: fx.GraphModule) -> Traced:
     """Weights are attributes of the unlifted module; every input counts as what the model reads."""
     weights: dict[str, str] = {}
     for node in module.graph.nodes:
@@ -68,9 +118,7 @@ def _twin(module: fx.GraphModule) -> Twin:
                 weights[node.name] = str(node.target)
                 node.meta.setdefault("val", value)
     data = frozenset(n.name for n in module.graph.nodes if n.op == "placeholder")
-    traced = Traced(module=module, weights=weights, values={}, data=data)
-    chosen = default_sizes(traced)
-    return symbolic_twin(traced, chosen) if chosen else static_twin(traced)
+    return Traced(module=module, weights=weights, values={}, data=data)
 
 
 def _regions(graph: CapturedGraph, patterns: Catalogue) -> tuple[list[Region], list[str]]:
@@ -155,7 +203,7 @@ def _mixed(mixer: TokenMixer, hidden: Tensor, site: AttentionSite) -> Tensor:
 
 
 def _install(
-    module: fx.GraphModule, layer: LayerPlan, region: Region, twin: Twin, weights: Mapping[str, Tensor]
+    module: fx.GraphModule, layer: LayerPlan, region: Region, twin: Twin, weights: Mapping[str, Tensor], checked: int
 ) -> RewriteRecord:
     site = layer.site
     mixer = mixer_class(layer.mixer).from_attention(site, weights, layer.options)
@@ -182,6 +230,7 @@ def _install(
         replacement=name,
         facts={"site": site.fqn, "layer": site.layer, "mixer": layer.mixer},
         source=source,
+        checked_length=checked,
     )
 
 
