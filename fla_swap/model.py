@@ -42,12 +42,48 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class SoftmaxAttention(Softmax):
+    """A mixer with keys and values, called as transformers calls attention: so it can be found, proved and swapped."""
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__(config)
+        self.layer_idx = layer_idx
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D] → [B, T, D]; the mask is None, or [B or 1, 1, T, S] as transformers makes it."""
+        # Without a mask, several tokens are a whole sequence: keys beyond them are the empty part of a static cache.
+        tokens = hidden_states.shape[1]
+        whole = attention_mask is None and tokens > 1
+        cache, layer = past_key_values, self.layer_idx
+
+        def update(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            assert cache is not None
+            k, v = cache.update(k, v, layer)
+            return (k[:, :, :tokens], v[:, :, :tokens]) if whole else (k, v)
+
+        return super().forward(
+            hidden_states,
+            attention_mask=attention_mask,
+            positions=position_ids,
+            cu_seqlens=cu_seq_lens_q,
+            kv_update=None if cache is None else update,
+        )[0]
+
+
 def build_mixer(config: HybridConfig, index: int) -> tuple[TokenMixer, str]:
     """The mixer of a layer, and the name of its feed-forward. Raises MixerError, naming the layer."""
     name, options, feed_forward = config.layer(index)
     try:
         kind = mixer_class(name)
-        mixer = kind(kind.config_class.paper(**options))
+        mixer_config = kind.config_class.paper(**options)
+        mixer = SoftmaxAttention(mixer_config, index) if kind is Softmax else kind(mixer_config)
     except MixerError as error:
         raise MixerError(f"layer {index}: {error}") from error
     return mixer, feed_forward or kind.feed_forward
@@ -63,6 +99,7 @@ class HybridBlock(GradientCheckpointingLayer, StatefulLayer):
         super().__init__()
         self.index = index
         self.mixer, kind = build_mixer(config, index)
+        self.keeps_keys = self.mixer.uses_kv_cache
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if kind != "none" else None
         self.mlp: SwiGLU | ChannelMixing | None = None
@@ -70,12 +107,12 @@ class HybridBlock(GradientCheckpointingLayer, StatefulLayer):
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         elif kind == "channel_mixing":
             self.mlp = ChannelMixing(config.hidden_size, config.intermediate_size, index, config.num_hidden_layers)
-        if isinstance(self.mlp, ChannelMixing) and self.mixer.uses_kv_cache:
+        if isinstance(self.mlp, ChannelMixing) and self.keeps_keys:
             raise ConfigError(f"layer {index}: channel mixing keeps a state, which {self.mixer.name!r} layers do not")
 
     @property
     def state_owner(self) -> HybridBlock | None:
-        return None if self.mixer.uses_kv_cache else self
+        return None if self.keeps_keys else self
 
     def cache_index(self) -> int:
         return self.index
@@ -97,14 +134,21 @@ class HybridBlock(GradientCheckpointingLayer, StatefulLayer):
         starts: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
-        **keys: Any,
+        keys: dict[str, Any] | None = None,
     ) -> tuple[Tensor, State | None]:
-        """[B, T, D] → [B, T, D] and the state; arguments as of `TokenMixer.forward`, `keys` those of `Softmax`."""
+        """[B, T, D] → [B, T, D] and the state; arguments as of `TokenMixer.forward`.
+
+        `keys`: of a layer with keys and values, what `SoftmaxAttention` is called with instead.
+        """
         if state is None and output_state:
             sequences = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             state = self.init_state(sequences, device=hidden_states.device, dtype=hidden_states.dtype)
         marks = {"valid": valid, "starts": starts, "cu_seqlens": cu_seqlens}
-        mixed, _ = self.mixer(self.mixer_norm(hidden_states), state=state, positions=positions, **marks, **keys)
+        normed = self.mixer_norm(hidden_states)
+        if keys is not None:
+            mixed = self.mixer(normed, **keys)
+        else:
+            mixed, _ = self.mixer(normed, state=state, positions=positions, **marks)
         hidden_states = hidden_states + mixed
         if self.mlp is not None and self.mlp_norm is not None:
             hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states), Tokens(**marks), state)
@@ -146,9 +190,8 @@ class HybridModel(HybridPreTrainedModel):
         self.layers = nn.ModuleList([HybridBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         for block in self.blocks:
-            for part in block.mixer.modules():
-                done = part is not block.mixer  # the mixer gives its parts their values, in `_init_weights`
-                vars(part)["_is_hf_initialized"] = done
+            for part in block.mixer.modules():  # a mixer gives its parts their values, in `_init_weights`
+                vars(part)["_is_hf_initialized"] = not isinstance(part, TokenMixer)
         self.post_init()
 
     @property
@@ -186,8 +229,8 @@ class HybridModel(HybridPreTrainedModel):
         marks = self._documents(hidden, attention_mask, position_ids, given, cu_seq_lens_q)
         keys = self._keys(hidden, attention_mask, position_ids, given, cu_seq_lens_q)
         for block in self.blocks:
-            if block.mixer.uses_kv_cache:
-                hidden, _ = block(hidden, **keys, kv_update=self._update(block, past_key_values, hidden, keys))
+            if block.keeps_keys:
+                hidden, _ = block(hidden, keys={**keys, "past_key_values": past_key_values})
                 continue
             layer = None if past_key_values is None else state_layer(past_key_values, block.index, block, hidden)
             hidden = run_on_state(block, layer, hidden, {**marks, "positions": position_ids})
@@ -209,7 +252,7 @@ class HybridModel(HybridPreTrainedModel):
         self, hidden: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None, packed: Tensor | None
     ) -> dict[str, Tensor | None]:
         """Mask and positions, for layers with keys and values."""
-        if not any(block.mixer.uses_kv_cache for block in self.blocks):
+        if not any(block.keeps_keys for block in self.blocks):
             return {}
         seen = 0 if cache is None else cache.get_seq_length()
         places = torch.arange(hidden.shape[1], device=hidden.device)[None] + seen if positions is None else positions
@@ -221,21 +264,7 @@ class HybridModel(HybridPreTrainedModel):
                 past_key_values=cache,
                 position_ids=places,
             )
-        return {"attention_mask": mask, "cu_seqlens": packed, "positions": places}
-
-    def _update(self, block: HybridBlock, cache: Cache | None, hidden: Tensor, keys: dict[str, Any]) -> Any:
-        """How a softmax layer's keys and values go through the cache."""
-        if cache is None:
-            return None
-        # Without a mask, several tokens are a whole sequence: keys beyond them are the empty part of a static cache.
-        tokens = hidden.shape[1]
-        whole = keys["attention_mask"] is None and tokens > 1
-
-        def update(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            k, v = cache.update(k, v, block.index)
-            return (k[:, :, :tokens], v[:, :, :tokens]) if whole else (k, v)
-
-        return update
+        return {"attention_mask": mask, "cu_seq_lens_q": packed, "position_ids": places}
 
 
 class HybridForCausalLM(GeneratesWithStates, HybridPreTrainedModel, GenerationMixin):

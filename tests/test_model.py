@@ -14,7 +14,7 @@ from fla_swap.feed_forward import ChannelMixing
 from fla_swap.model import HybridModel
 
 VOCAB = 61
-SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 2}
 SMALL |= {"initializer_range": 0.3, "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
 MIXED = SMALL | {
     "mixer": "rwkv6",
@@ -67,6 +67,9 @@ def test_the_config_survives_json_and_says_what_is_wrong():
     assert again.to_dict() == config.to_dict() and again.layers[2]["mixer"] == "mamba2"
     for words, options in {
         "no option 'mixer_option'; did you mean 'mixer_options'": {"mixer_option": {}},
+        "num_attention_heads follows from the layers and is 2 here, not 4; the option is num_heads": {
+            "num_attention_heads": 4
+        },
         r"no layer \[3\]": {"layers": {3: {}}},
         r"no layer \[-1\]": {"attn": {"layers": [-1]}},
         r"layers \[1\] stand both": {"attn": {"layers": [1]}, "layers": {1: {}}},
@@ -235,3 +238,83 @@ def test_channel_mixing_reads_the_token_before():
     expected = mixing.receptance(r).sigmoid() * mixing.value(mixing.key(k).relu() ** 2)
     same(mixing(x, Tokens(), None), expected, 1e-9)
     assert mixing.key.out_features == 32
+
+
+def padded_prompt(ids):
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    return mask
+
+
+@torch.no_grad()
+def test_samba(ids, tmp_path):
+    """Two layers, Mamba and a window, each with its SwiGLU (2406.07522)."""
+    attn = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}
+    model = build(num_hidden_layers=2, mixer="mamba", feed_forward="swiglu", attn=attn)
+    assert [block.mixer.name for block in model.model.layers] == ["mamba", "window"]
+    assert all(block.mlp is not None for block in model.model.layers)
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": padded_prompt(ids)}
+    tokens = model.generate(ids, **options)
+    assert torch.equal(tokens, model.generate(ids, **options, use_cache=False))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.generate(ids, **options), tokens)
+
+
+@torch.no_grad()
+def test_softmax_layers_can_be_found_proved_and_swapped(ids, tmp_path):
+    """A teacher from scratch: its attention is as visible as that of any other model, and so is its conversion."""
+    model = build(attn={"layers": [1, 2], "num_heads": 4, "num_kv_heads": 2}, mixer="gla")
+    before = model(ids).logits
+    report = fs.inspect(model)
+    assert [site.fqn for site in report.sites] == ["model.layers.1.mixer", "model.layers.2.mixer"]
+    fs.swap_(model, fs.plan(report, mixer="softmax", keep=0))
+    same(model(ids).logits, before, 1e-5)
+    fs.restore_(model)
+    fs.swap_(model, fs.plan(report, mixer="gated_deltanet", keep=[1]))
+    assert model.model.layers[1].mixer.mixer.name == "gated_deltanet" and model.model.layers[2].mixer.name == "softmax"
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": padded_prompt(ids)}
+    tokens = model.generate(ids, **options)
+    assert torch.equal(tokens, model.generate(ids, **options, use_cache=False))
+    assert torch.equal(tokens, model.generate(ids, **options, cache_implementation="static"))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.swap_plan() == model.config.swap_plan()
+    assert torch.equal(again.generate(ids, **options), tokens)
+    fs.restore_(model)
+    assert torch.equal(model(ids).logits, before) and type(model) is fs.HybridForCausalLM
+
+
+def test_a_saved_conversion_loads_in_a_fresh_process(ids, tmp_path):
+    import subprocess
+    import sys
+
+    model = build(mixer="softmax", num_hidden_layers=1)
+    fs.swap_(model, fs.plan(fs.inspect(model, {"input_ids": ids}), mixer="gla", keep=0))
+    model.save_pretrained(tmp_path)
+    code = (
+        "import sys, fla_swap, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(type(model).__name__, model(torch.arange(1, 9)[None]).logits.double().sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    name, value = done.stdout.split()
+    assert name == "FlaSwapHybridForCausalLM"
+    assert abs(float(value) - model(torch.arange(1, 9)[None]).logits.double().sum().item()) < 1e-4
+
+
+def test_trained_by_transformers_trainer(ids, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = build(**{**MIXED, "initializer_range": 0.02})
+    rows = [{"input_ids": row, "labels": row} for row in ids.repeat(4, 1)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=5e-3, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert 3.5 < losses[0] < 4.8 and losses[-1] < losses[0] - 1

@@ -30,3 +30,18 @@ def numerics_command(
 
     arguments = [f"--device={device}"] * bool(device) + [f"--out={folder}"] * bool(folder) + ["--quick"] * quick
     sys.exit(numerics.main(arguments + [f"--case={name}" for name in case or ()]))
+
+
+@bench.command("mixers")
+def mixers_command(
+    out: Annotated[Path | None, typer.Option(help="File for the table, such as results/mixers.md.")] = None,
+    mixer: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    check: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    backend: Annotated[str, typer.Option(help="Of torch.compile: aot_eager, inductor.")] = "aot_eager",
+) -> None:
+    """Every mixer by every check: operator, layer, packing, swap, model, generation, compilation, training."""
+    from fla_swap.bench import mixers
+
+    arguments = [f"--backend={backend}"] + [f"--out={out}"] * bool(out)
+    arguments += [f"--mixer={name}" for name in mixer or ()] + [f"--check={name}" for name in check or ()]
+    sys.exit(mixers.main(arguments))

@@ -227,7 +227,7 @@ def model_of(kind: Kind, **options: Any) -> Any:
         hidden_size=HIDDEN,
         num_hidden_layers=2,
         mixer=kind.name,
-        num_attention_heads=HEADS,
+        num_heads=HEADS,
         initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=None,
@@ -312,10 +312,12 @@ def compiled(kind: Kind, backend: str = "aot_eager") -> str:
 
 @torch.no_grad()
 def compiled_model(kind: Kind, backend: str = "aot_eager") -> str:
-    """`fs.compile`: whole graphs for the forward and for `generate`, with the same logits and tokens."""
+    """`fs.compile`: whole graphs for the forward and a left-padded `generate`, with the same logits and tokens."""
     torch._dynamo.reset()
     model, ids = model_of(kind), prompt()
-    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     logits, expected = model(ids).logits, model.generate(ids, **options)
     fs.compile(model, backend=backend)
     close(model(ids).logits, logits, 1e-3)
@@ -335,7 +337,7 @@ def training(kind: Kind) -> str:
 def trained_loss(name: str) -> float:
     """Held-out loss in nats a byte of a two-layer model after `STEPS` steps."""
     torch.manual_seed(0)
-    config = fs.HybridConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, mixer=name, num_attention_heads=2)
+    config = fs.HybridConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, mixer=name, num_heads=2)
     model = AutoModelForCausalLM.from_config(config)
     data = torch.tensor(list(inspect.getsource(argparse).encode("ascii", "replace")))
     border = len(data) * 9 // 10
