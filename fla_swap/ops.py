@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from fla_swap.kernels.decay.ops import gla, gla_step, linear_attention, retention, simple_gla
+from fla_swap.kernels.decay.ops import gla, gla_step
 from fla_swap.kernels.decay.rwkv6 import rwkv6, rwkv6_step
+from fla_swap.kernels.decay.simple_ops import (
+    linear_attention,
+    linear_attention_step,
+    retention,
+    retention_step,
+    simple_gla,
+    simple_gla_step,
+)
 from fla_swap.kernels.decay.slots import abc, abc_step, gsa, gsa_step
 from fla_swap.kernels.delta.ops import delta_rule, delta_rule_step, gated_delta_rule, gated_delta_rule_step
 from fla_swap.kernels.feature.ops import based, based_step, rebased, rebased_step
@@ -36,12 +44,14 @@ __all__ = [
     "hgrn",
     "hgrn_step",
     "linear_attention",
+    "linear_attention_step",
     "linear_cross_entropy",
     "linear_kl",
     "new_window_state",
     "rebased",
     "rebased_step",
     "retention",
+    "retention_step",
     "rms_norm",
     "rwkv6",
     "rwkv6_step",
@@ -50,6 +60,7 @@ __all__ = [
     "short_conv",
     "short_conv_step",
     "simple_gla",
+    "simple_gla_step",
     "window_attention",
     "window_attention_step",
 ]

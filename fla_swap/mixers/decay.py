@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fla_swap.errors import MixerError
-from fla_swap.kernels.decay.ops import gla, gla_step, retention_decay, simple_gla
+from fla_swap.kernels.decay.ops import gla, gla_step
+from fla_swap.kernels.decay.simple_ops import retention_decay, simple_gla, simple_gla_step
 from fla_swap.mixers.base import wide
 from fla_swap.mixers.parts import Tokens, log_decay_of
 from fla_swap.mixers.recurrent import RecurrentConfig, RecurrentMixer
@@ -87,7 +88,8 @@ class DecayMixer(RecurrentMixer):
         q, k, v, g, gv = gates
         per_head = g.dim() == 3
         if decode and initial is not None:
-            g = g[..., None].expand(*g.shape, q.shape[-1]) if per_head else g
+            if per_head:
+                return simple_gla_step(q, k, v, g, state=initial, scale=self.scale), None
             return gla_step(q, k, v, g, gv=gv, state=initial, scale=self.scale), None
         options: dict[str, Any] = {
             "scale": self.scale,

@@ -1,4 +1,4 @@
-"""Gated decay: `gla` and its special cases. GLA: Gated Linear Attention Transformers, 2312.06635.
+"""Gated decay per channel: `gla`. GLA: Gated Linear Attention Transformers, 2312.06635. One per head: `simple_ops`.
 
     S_t = diag(exp g_t) S_{t-1} diag(exp gv_t) + k_t v_tᵀ        o_t = scale · S_tᵀ q_t
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fla_swap.errors import KernelError
-from fla_swap.kernels.common import check_shape, choose_implementation
+from fla_swap.kernels.common import choose_implementation
 from fla_swap.kernels.decay.checks import check_arguments, check_triton, expand_heads
 from fla_swap.kernels.decay.reference import gla_reference
 
@@ -103,99 +103,6 @@ def gla_step(
         return o
     check_triton(chosen, q)
     return gla_step_op(q, k, v, g, gv, None, state, scale, chosen)
-
-
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    implementation: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Causal linear attention without normaliser or decay. Transformers are RNNs, 2006.16236. See `gla`."""
-    return gla(
-        q,
-        k,
-        v,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        implementation=implementation,
-    )
-
-
-def simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    *,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    implementation: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """One decay per value head and step, g [B,T,HV]; other arguments as for `gla`.
-
-    Mamba2 (2405.21060): q=C, k=B, v=dt·x, g=dt·A, scale=1.
-    """
-    check_shape("g", g, (*v.shape[:3],))
-    wide = g.unsqueeze(-1).expand(*g.shape, q.shape[3])
-    return gla(
-        q,
-        k,
-        v,
-        wide,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        implementation=implementation,
-    )
-
-
-def retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    decay: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    implementation: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """A fixed decay per value head; other arguments as for `gla`. RetNet, 2307.08621.
-
-    decay [HV], natural log, ≤ 0; None means ln(1 − 2^(−5−h)).
-    """
-    heads = v.shape[2]
-    if decay is None:
-        decay = retention_decay(heads, q.device)
-    check_shape("decay", decay, (heads,))
-    return simple_gla(
-        q,
-        k,
-        v,
-        decay.float().expand(*v.shape[:3]),
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        implementation=implementation,
-    )
-
-
-def retention_decay(heads: int, device: torch.device | str) -> Tensor:
-    """RetNet's log decays, fp32 [heads]: ln(1 − 2^(−5−h))."""
-    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=device, dtype=torch.float32)))
 
 
 def _implementation(name: str) -> ModuleType:

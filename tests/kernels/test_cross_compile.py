@@ -1,8 +1,8 @@
 """Shipped Triton kernels compile for chips that are not here, within each chip's shared memory.
 
-Every `kernels/<name>/triton_impl.py` offers `configurations()`. The compiler runs in a process of its own: this one has
-Triton in interpreter mode. By default every kernel is compiled in its most demanding bf16 configuration for every
-chip; `-m slow` compiles every configuration.
+Modules of `kernels/` that launch Triton kernels offer `configurations()`. The compiler runs in a process of its own:
+this one has Triton in interpreter mode. By default every kernel is compiled in its most demanding bf16 configuration
+for every chip; `-m slow` compiles every configuration.
 """
 
 from __future__ import annotations
@@ -15,23 +15,30 @@ from pathlib import Path
 
 import pytest
 
-FOLDERS = sorted(path.parent.name for path in (Path(__file__).parents[2] / "kernels").glob("*/triton_impl.py"))
+KERNELS = Path(__file__).parents[2] / "kernels"
+MODULES = sorted(
+    f"{path.parent.name}.{path.stem}" for path in KERNELS.glob("*/*.py") if "\ndef configurations(" in path.read_text()
+)
 
-# Bytes a thread may spill on sm_90, by folder and whether the inputs are narrow (bf16). Most kernels spill nothing in
-# bf16. The most: 592 for window's query gradients at width 256 (tiles that spill less were slower), 560 for the delta
-# rule's state walk at that width. fp32 products without tensor cores cost the decay kernels up to 304, window 1,880,
-# the delta rule's state walks 9,040.
+# Bytes a thread may spill on sm_90, by module and whether the inputs are narrow (bf16). Most kernels spill nothing in
+# bf16. The most: 784 for one decay per head with gate gradients at width 256, 592 for window's query gradients at that
+# width (tiles that spill less were slower), 560 for the delta rule's state walk. fp32 products without tensor cores
+# cost the decay kernels up to 304, window 1,880, the delta rule's state walks 9,040.
 STACK_LIMITS = {
-    ("decay", True): 32,
-    ("decay", False): 320,
-    ("delta", True): 600,
-    ("delta", False): 9040,
-    ("scan", True): 16,
-    ("scan", False): 16,
-    ("feature", True): 400,
-    ("feature", False): 2500,
-    ("window", True): 600,
-    ("window", False): 1880,
+    ("decay.simple_triton", True): 800,
+    ("decay.simple_triton", False): 32,
+    ("decay.slot_writes_triton", True): 32,
+    ("decay.slot_writes_triton", False): 320,
+    ("decay.triton_impl", True): 32,
+    ("decay.triton_impl", False): 320,
+    ("delta.triton_impl", True): 600,
+    ("delta.triton_impl", False): 9040,
+    ("feature.triton_impl", True): 400,
+    ("feature.triton_impl", False): 2500,
+    ("scan.triton_impl", True): 16,
+    ("scan.triton_impl", False): 16,
+    ("window.triton_impl", True): 600,
+    ("window.triton_impl", False): 1880,
 }
 
 # Shared memory that one block may use, in bytes.
@@ -44,7 +51,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-everything, folders, limits, *targets = sys.argv[1:]
+everything, modules, limits, *targets = sys.argv[1:]
 limits = json.loads(limits)
 
 
@@ -55,15 +62,15 @@ def demand(configuration):
     return narrow, given, sum(value for value in constexprs.values() if isinstance(value, int))
 
 
-def selected(folder, target):
+def selected(module, target):
     found = {}
-    configurations = importlib.import_module(f"fla_swap.kernels.{folder}.triton_impl").configurations
+    configurations = importlib.import_module(f"fla_swap.kernels.{module}").configurations
     sized = "large" in inspect.signature(configurations).parameters
     for configuration in configurations(large=limits[target] >= 200 << 10) if sized else configurations():
         key = configuration[0] if everything == "all" else configuration[1].fn.__name__
         if key not in found or demand(configuration) > demand(found[key]):
             found[key] = configuration
-    return [(folder, *configuration) for configuration in found.values()]
+    return [(module, *configuration) for configuration in found.values()]
 
 
 def target_of(name):
@@ -86,9 +93,9 @@ def spilled(compiled):
 
 
 for target in targets:
-    chosen = [configuration for folder in folders.split(",") for configuration in selected(folder, target)]
-    for folder, name, kernel, signature, constexprs, num_warps, num_stages in chosen:
-        row = {"folder": folder, "kernel": kernel.fn.__name__, "name": name, "target": target}
+    chosen = [configuration for module in modules.split(",") for configuration in selected(module, target)]
+    for module, name, kernel, signature, constexprs, num_warps, num_stages in chosen:
+        row = {"module": module, "kernel": kernel.fn.__name__, "name": name, "target": target}
         row["narrow"] = "*bf16" in signature.values()
         try:
             aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
@@ -102,9 +109,9 @@ for target in targets:
 """
 
 
-def compile_all(folders: list[str], which: str, targets: list[str]) -> list[dict[str, object]]:
+def compile_all(modules: list[str], which: str, targets: list[str]) -> list[dict[str, object]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM, which, ",".join(folders), json.dumps(LIMITS), *targets]
+    command = [sys.executable, "-c", PROGRAM, which, ",".join(modules), json.dumps(LIMITS), *targets]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -114,7 +121,7 @@ def check(rows: list[dict[str, object]]) -> None:
     assert rows, "configurations() yielded no kernel"
     wrong = []
     for row in rows:
-        limit = STACK_LIMITS[row["folder"], row["narrow"]]
+        limit = STACK_LIMITS[row["module"], row["narrow"]]
         if "error" in row:
             wrong.append(f"{row['name']} on {row['target']}: {row['error']}")
         elif row["target"] == "sm_90" and row["spilled"] > limit:
@@ -125,14 +132,14 @@ def check(rows: list[dict[str, object]]) -> None:
 
 
 def test_every_kernel_compiles() -> None:
-    rows = compile_all(FOLDERS, "one", list(LIMITS))
-    assert {row["folder"] for row in rows} == set(FOLDERS) >= {"decay", "delta", "window"}
+    rows = compile_all(MODULES, "one", list(LIMITS))
+    assert {row["module"] for row in rows} == set(MODULES) >= set(next(zip(*STACK_LIMITS, strict=True)))
     check(rows)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", list(LIMITS))
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_every_configuration_compiles(folder: str, target: str) -> None:
-    check(compile_all([folder], "all", [target]))
+@pytest.mark.parametrize("module", MODULES)
+def test_every_configuration_compiles(module: str, target: str) -> None:
+    check(compile_all([module], "all", [target]))

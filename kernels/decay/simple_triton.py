@@ -1,0 +1,555 @@
+"""Triton for one decay per head: linear attention, retention, simple_gla. Imported only when Triton is chosen.
+
+One pass per head and value block keeps the state in registers and streams the tokens past it. The same kernel with
+its arguments in other roles gives every gradient (see `stream_kernel`). Few heads: the sequence is cut into segments, a
+first pass finds what each adds to the state, a second carries. Packed sequences are read where they lie; nothing is
+copied to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fla_swap.kernels.common import chunk_bound, chunk_table, triton_interpreted
+from fla_swap.kernels.decay.simple_triton_kernels import (
+    carry_kernel,
+    cumulate_kernel,
+    gate_grad_kernel,
+    segment_kernel,
+    step_kernel,
+    stream_kernel,
+    tail_kernel,
+)
+
+CHUNK = 64
+RESET_TOKENS = 128  # gate gradients start anew from a stored state after so many tokens
+PROGRAMS = 264  # two for each multiprocessor of the largest chips: with fewer, sequences are cut
+Launch = Callable[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Columns of the state in one program, warps, stages; whether the products of a chunk end before the next."""
+
+    block: int
+    warps: int
+    stages: int
+    early: bool = False
+    prefetch: bool = False
+
+
+def choose_tiles(kind: str, contracted: int, width: int, flow: bool, large: bool) -> Tiles:
+    """The configuration for a pass (`stream`, `segment`) over a state of [contracted, width] (padded).
+
+    `large`: the chip gives a block 200 KiB of shared memory or more; the others get smaller tiles where they must.
+    """
+    if kind == "segment":
+        return Tiles(block=min(width, 64), warps=4, stages=2)
+    if contracted <= 128:
+        return Tiles(block=min(width, 64), warps=4, stages=2, early=True)
+    return Tiles(block=min(width, 64 if large else 32), warps=8, stages=1, early=True)
+
+
+def has_large_memory(device: torch.device) -> bool:
+    """See `choose_tiles`."""
+    if device.type != "cuda":
+        return False
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 200 << 10
+
+
+SMALL = Tiles(block=64, warps=4, stages=1)
+
+
+def launch_now(kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:
+    """Run a kernel on a one-dimensional grid (the first grid dimension is the one without a 65,535 limit)."""
+    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](**arguments, num_warps=tiles.warps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Shapes, spans of tokens and precision of one call, and how to launch (the cross-compile test records instead)."""
+
+    time: int
+    tokens: int
+    heads: int
+    value_heads: int
+    width: int
+    value_width: int
+    sequences: int
+    slots: int
+    segment: int
+    bounds: Tensor | None
+    table: Tensor | None
+    first_slots: Tensor | None
+    packed: bool
+    gate: int
+    exact: bool
+    dot: Any
+    precision: str
+    large: bool
+    launch: Launch
+
+    @property
+    def place(self) -> dict[str, Any]:
+        return {"bounds": self.bounds, "table": self.table, "SEGMENT": self.segment}
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {
+            "H": self.heads,
+            "HV": self.value_heads,
+            "GATE": self.gate,
+            "DOT": self.dot,
+            "PRECISION": self.precision,
+        }
+
+    def padded(self, width: int) -> int:
+        """Hopper needs matrix operands 64 wide."""
+        return max(16 if triton_interpreted() else 64, triton.next_power_of_2(width))
+
+    def tiles(self, kind: str, contracted: int, width: int, flow: bool = False) -> Tiles:
+        return choose_tiles(kind, self.padded(contracted), self.padded(width), flow, self.large)
+
+    def flow_blocks(self, contracted: int, width: int) -> int:
+        """Programs that share a head in a pass of `stream_kernel` for gate gradients."""
+        return -(-width // self.tiles("stream", contracted, width, flow=True).block)
+
+
+def make_problem(
+    q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, launch: Launch, large: bool | None
+) -> Problem:
+    """Decide how tokens are cut into spans.
+
+    bf16 multiplies natively, fp16 in tf32 (same mantissa, and the state may pass 65,504), fp32 exactly. Triton's
+    interpreter cannot multiply bf16: it works in fp32.
+    """
+    batch, time, heads, width = q.shape
+    value_heads, value_width = v.shape[2], v.shape[3]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    longest = time if cu_seqlens is None else max(time, 1)
+    programs = value_heads * (batch if cu_seqlens is None else 1) * -(-min(width, value_width) // 64)
+    pieces = PROGRAMS // programs
+    segment = -(-longest // (pieces * RESET_TOKENS)) * RESET_TOKENS if pieces > 1 else longest
+    bounds, table, first_slots, slots = cu_seqlens, None, None, sequences
+    if segment < longest:
+        if bounds is None:
+            bounds = torch.arange(0, (batch + 1) * time, time, device=q.device)
+        table = chunk_table(bounds, batch * time, segment)
+        slots = chunk_bound(batch * time, segment, sequences)
+        counts = (bounds.diff().to(torch.int64) + segment - 1) // segment
+        first_slots = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    half = q.dtype == torch.float16 and torch.version.hip is None
+    return Problem(
+        time=time,
+        tokens=batch * time,
+        heads=heads,
+        value_heads=value_heads,
+        width=width,
+        value_width=value_width,
+        sequences=sequences,
+        slots=slots,
+        segment=segment,
+        bounds=bounds,
+        table=table,
+        first_slots=first_slots,
+        packed=cu_seqlens is not None,
+        gate=0 if g is None else 1 if g.ndim == 1 else 2,
+        exact=q.dtype == torch.float32,
+        dot=tl.bfloat16 if q.dtype == torch.bfloat16 and not triton_interpreted() else tl.float32,
+        precision="tf32" if half else "ieee",
+        large=has_large_memory(q.device) if large is None else large,
+        launch=launch,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """The states at one end of every span, and where the ones at the other end go (None: known already)."""
+
+    initial: Tensor | None
+    final: Tensor | None
+    start_scale: float = 1.0
+    end_scale: float = 1.0
+
+
+def _ends(
+    p: Problem,
+    y: Tensor,
+    z: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    scales: tuple[float, float],
+    *,
+    reverse: bool,
+) -> tuple[Ends, Tensor]:
+    """Carry the state over the segments, if there are any. Returns what a pass reads, and the final state."""
+    final = y.new_empty((p.sequences, p.value_heads, p.width, p.value_width), dtype=torch.float32)
+    if p.table is None:
+        return Ends(initial=initial, final=final, start_scale=scales[0], end_scale=scales[1]), final
+    own = y.new_empty((p.slots, *final.shape[1:]), dtype=torch.float32)
+    decay = y.new_empty((p.slots, p.value_heads), dtype=torch.float32)
+    tiles = p.tiles("segment", p.width, p.value_width)
+    key_block = min(tiles.block, p.padded(p.width))
+    key_blocks, value_blocks = -(-p.width // key_block), -(-p.value_width // tiles.block)
+    p.launch(
+        segment_kernel,
+        p.slots * p.value_heads * key_blocks * value_blocks,
+        tiles,
+        y=y,
+        z=z,
+        g=g,
+        own=own,
+        decay=decay,
+        X=p.width,
+        Z=p.value_width,
+        BX=key_block,
+        BZ=tiles.block,
+        X_BLOCKS=key_blocks,
+        Z_BLOCKS=value_blocks,
+        tokens=p.tokens,
+        C=CHUNK,
+        STAGES=tiles.stages,
+        REVERSE=reverse,
+        **p.place,
+        **p.common,
+    )
+    size = p.width * p.value_width
+    p.launch(
+        carry_kernel,
+        p.sequences * p.value_heads * -(-size // 1024),
+        SMALL,
+        own=own,
+        decay=decay,
+        initial=initial,
+        final=final,
+        first_slots=p.first_slots,
+        HV=p.value_heads,
+        SIZE=size,
+        start_scale=scales[0],
+        end_scale=scales[1],
+        BLOCKS=-(-size // 1024),
+        BLOCK=1024,
+        GATED=g is not None,
+        REVERSE=reverse,
+    )
+    return Ends(initial=own, final=None), final
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """What a pass notes for the gate gradient: its partner's tensor and the states at resets."""
+
+    partner: Tensor
+    flow: Tensor
+    states: Tensor
+    boundary: Tensor | None = None
+
+
+def _stream(
+    p: Problem,
+    xyz: tuple[Tensor, Tensor, Tensor],
+    g: Tensor | None,
+    ends: Ends,
+    scale: float,
+    *,
+    reverse: bool = False,
+    transposed: bool = False,
+    flow: Flow | None = None,
+) -> Tensor:
+    """One pass of `stream_kernel`: [B,T,HV,Z] in the inputs' dtype."""
+    x, y, z = xyz
+    x_width, z_width = x.shape[3], z.shape[3]
+    tiles = p.tiles("stream", x_width, z_width, flow is not None)
+    out = x.new_empty((*x.shape[:2], p.value_heads, z_width))
+    p.launch(
+        stream_kernel,
+        p.slots * p.value_heads * -(-z_width // tiles.block),
+        tiles,
+        x=x,
+        y=y,
+        z=z,
+        g=g,
+        partner=None if flow is None else flow.partner,
+        initial=ends.initial,
+        final=ends.final,
+        out=out,
+        flow=None if flow is None else flow.flow,
+        states=None if flow is None else flow.states,
+        boundary=None if flow is None else flow.boundary,
+        T=p.time,
+        tokens=p.tokens,
+        scale=scale,
+        start_scale=ends.start_scale,
+        end_scale=ends.end_scale,
+        X=x_width,
+        Z=z_width,
+        BX=p.padded(x_width),
+        BZ=tiles.block,
+        BLOCKS=-(-z_width // tiles.block),
+        C=CHUNK,
+        RESET=RESET_TOKENS // CHUNK,
+        REVERSE=reverse,
+        TRANSPOSED=transposed,
+        EARLY=tiles.early,
+        PREFETCH=tiles.prefetch,
+        STAGES=tiles.stages,
+        **p.place,
+        **p.common,
+    )
+    return out
+
+
+def _zero_tail(p: Problem, *tensors: Tensor) -> None:
+    """Zero the rows after the last packed sequence in up to four [1,T,...] tensors."""
+    if not p.packed or not tensors:
+        return
+    padded = [*tensors, None, None, None][:4]
+    sizes = [0 if x is None else x[0, 0].numel() for x in padded]
+    a, b, c, d = padded
+    p.launch(
+        tail_kernel,
+        -(-p.time // 64),
+        SMALL,
+        a=a,
+        b=b,
+        c=c,
+        d=d,
+        bounds=p.bounds,
+        N=p.sequences,
+        T=p.time,
+        SIZE_A=sizes[0],
+        SIZE_B=sizes[1],
+        SIZE_C=sizes[2],
+        SIZE_D=sizes[3],
+        ROWS=64,
+        BLOCK=1024,
+    )
+
+
+def _stretches(p: Problem, length: int) -> tuple[int, dict[str, Any]]:
+    """How many stretches of so many tokens there are, and where they lie."""
+    chunks = -(-p.time // length)
+    count, table = p.sequences * chunks, None
+    if p.packed:
+        assert p.bounds is not None
+        count, table = chunk_bound(p.time, length, p.sequences), chunk_table(p.bounds, p.time, length)
+    bounds = p.bounds if p.packed else None
+    place = {"table": table, "bounds": bounds, "T": p.time, "tokens": p.tokens, "CHUNKS": chunks}
+    return count, {**place, "HV": p.value_heads, "C": length, "BH": 16}
+
+
+def _cumulate(p: Problem, g: Tensor | None) -> Tensor | None:
+    """Gates as the passes read them: a constant as it is, others summed in chunks, [HV, tokens], log2.
+
+    Sums are float64 for fp32 inputs, whose differences would otherwise lose their last digits.
+    """
+    if g is None or g.ndim == 1:
+        return g
+    sums = g.new_empty((p.value_heads, p.tokens), dtype=torch.float64 if p.exact else torch.float32)
+    chunks, place = _stretches(p, CHUNK)
+    p.launch(cumulate_kernel, chunks * -(-p.value_heads // 16), SMALL, g=g, sums=sums, **place)
+    return sums
+
+
+def _gate_grad(p: Problem, g: Tensor, gained: Tensor, lost: Tensor, boundary: Tensor, like: Tensor) -> Tensor:
+    """dg, shaped like g: [B,T,HV], or summed over batch and time for a constant gate [HV]."""
+    per_step = like.new_empty((*like.shape[:2], p.value_heads), dtype=g.dtype if g.ndim == 3 else torch.float32)
+    stretches, place = _stretches(p, RESET_TOKENS)
+    p.launch(
+        gate_grad_kernel,
+        stretches * -(-p.value_heads // 16),
+        SMALL,
+        gained=gained,
+        lost=lost,
+        boundary=boundary,
+        grad=per_step,
+        GAINED=gained.shape[0],
+        LOST=lost.shape[0],
+        **place,
+    )
+    _zero_tail(p, per_step)
+    return per_step if g.ndim == 3 else per_step.sum((0, 1)).to(g.dtype)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    launch: Launch = launch_now,
+    large: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output [B,T,HV,V] in q's dtype and final state [N,HV,K,V] in fp32."""
+    q, k, v, g, initial_state, cu_seqlens = _contiguous(q, k, v, g, initial_state, cu_seqlens)
+    p = make_problem(q, v, g, cu_seqlens, launch, large)
+    g = _cumulate(p, g)
+    ends, final = _ends(p, k, v, g, initial_state, (1.0, 1.0), reverse=False)
+    o = _stream(p, (q, k, v), g, ends, scale)
+    _zero_tail(p, o)
+    return o, final
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out_grad: Tensor,
+    final_grad: Tensor | None,
+    scale: float,
+    gate_grad: bool,
+    launch: Launch = launch_now,
+    large: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of q, k, v, g (None unless asked for) and the initial state. States are recomputed."""
+    q, k, v, g, initial_state, cu_seqlens = _contiguous(q, k, v, g, initial_state, cu_seqlens)
+    out_grad, final_grad = _contiguous(out_grad.to(q.dtype), final_grad)
+    p = make_problem(q, v, g, cu_seqlens, launch, large)
+    gates = _cumulate(p, g)
+    before = Ends(initial=initial_state, final=None)
+    if p.table is not None:
+        before, _ = _ends(p, k, v, gates, initial_state, (1.0, 1.0), reverse=False)
+    after, initial_grad = _ends(p, q, out_grad, gates, final_grad, (1.0 / scale, scale), reverse=True)
+    flow_q, flow_v = _flows(p, q, v) if gate_grad else (None, None)
+    dq = _stream(p, (out_grad, v, k), gates, before, scale, transposed=True, flow=flow_q)
+    dv = _stream(p, (k, q, out_grad), gates, after, scale, reverse=True, flow=flow_v)
+    again = Ends(initial=after.initial, final=None, start_scale=after.start_scale)
+    dk = _stream(p, (v, out_grad, q), gates, again, scale, reverse=True, transposed=True)
+    _zero_tail(p, dq, dk, dv)
+    dg = None
+    if g is not None and flow_q is not None and flow_v is not None and flow_v.boundary is not None:
+        dg = _gate_grad(p, g, flow_v.flow, flow_q.flow, flow_v.boundary, q)
+    return sum_over_groups(dq, p.heads), sum_over_groups(dk, p.heads), dv, dg, initial_grad
+
+
+def _flows(p: Problem, q: Tensor, v: Tensor) -> tuple[Flow, Flow]:
+    """Fresh memory for what the passes for dq and dv note."""
+    resets = p.tokens // RESET_TOKENS + p.sequences
+    sizes = p.tokens, p.value_heads
+    lost_blocks = p.flow_blocks(p.value_width, p.width)
+    gained_blocks = p.flow_blocks(p.width, p.value_width)
+    kept = q.new_empty((resets, p.value_heads, p.value_width, p.width))
+    lost = q.new_empty((lost_blocks, *sizes), dtype=torch.float32)
+    gained = q.new_empty((gained_blocks, *sizes), dtype=torch.float32)
+    boundary = q.new_empty((resets, p.value_heads, gained_blocks), dtype=torch.float32)
+    return (
+        Flow(partner=q, flow=lost, states=kept),
+        Flow(partner=v, flow=gained, states=kept, boundary=boundary),
+    )
+
+
+def sum_over_groups(x: Tensor, heads: int) -> Tensor:
+    """Sum the gradients of value heads that share a query and key head: [B,T,HV,K] → [B,T,H,K]."""
+    if x.shape[2] == heads:
+        return x
+    return x.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(x.dtype)
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, scale: float, launch: Launch = launch_now
+) -> Tensor:
+    """T steps of the recurrence, in place on `state` [B,HV,K,V] (contiguous). Returns [B,T,HV,V] in q's dtype."""
+    q, k, v, g = _contiguous(q, k, v, g)
+    batch, time, heads, width = q.shape
+    value_heads, value_width = v.shape[2], v.shape[3]
+    padded = max(16, triton.next_power_of_2(width))
+    tile = 16 if padded > 128 else 32
+    blocks = -(-value_width // tile)
+    out = torch.empty_like(v)
+    launch(
+        step_kernel,
+        batch * value_heads * blocks,
+        SMALL,
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        state=state,
+        out=out,
+        T=time,
+        H=heads,
+        HV=value_heads,
+        scale=scale,
+        K=width,
+        V=value_width,
+        BK=padded,
+        BV=tile,
+        V_BLOCKS=blocks,
+        GATE=0 if g is None else 1 if g.ndim == 1 else 2,
+    )
+    return out
+
+
+def configurations(large: bool = False) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """Kernels as shipped: name, kernel, signature, constexprs, num_warps, num_stages (of other loops than ours)."""
+    found: dict[str, tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = {}
+
+    def record(kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:
+        signature, constexprs = _describe(kernel, arguments)
+        name = f"{kernel.fn.__name__} {[*signature.values()]} {constexprs}"
+        found.setdefault(name, (name, kernel, signature, constexprs, tiles.warps, 1))
+
+    for width in (64, 128, 256):
+        for gate in (0, 1, 2):
+            for packed in (False, True):
+                _record_calls(width, gate, packed, large, record)
+    yield from found.values()
+
+
+def _record_calls(width: int, gate: int, packed: bool, large: bool, record: Launch) -> None:
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    time, heads = (1024, 2) if packed else (128, PROGRAMS)
+    q, k, v, o = (new(1, time, heads, width) for _ in range(4))
+    bounds = new(4, dtype=torch.int32) if packed else None
+    state = new(3 if packed else 1, heads, width, width, dtype=torch.float32)
+    g = (None, new(heads, dtype=torch.float32), new(1, time, heads, dtype=torch.float32))[gate]
+    forward(q, k, v, g, state, bounds, 0.5, launch=record, large=large)
+    backward(q, k, v, g, state, bounds, o, state, 0.5, gate > 0, launch=record, large=large)
+    step(q, k, v, g, state[:1], 0.5, launch=record)
+
+
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def _describe(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Triton's signature and constexprs for a launch with these arguments."""
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constexprs[parameter.name] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = _TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    return signature, constexprs

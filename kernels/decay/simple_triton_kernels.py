@@ -1,0 +1,408 @@
+"""Device code for one decay per head; `simple_triton` launches it and explains how the passes combine.
+
+A program keeps one [X, BZ] tile of a head's state in registers and streams the chunks of one span of tokens past it.
+Gates are in log2 inside. Legend: HV value heads, H query and key heads, C tokens in a chunk, GATE 0 none, 1 constant
+(g [HV]), 2 per step (g: sums from each chunk's start, [HV, tokens]). Every exponent is ≤ 0.
+"""
+
+# pyright: reportGeneralTypeIssues=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _span(slot, table, bounds, T, SEGMENT):
+    """(first token, tokens) of a span: a segment of a sequence if there is a table, else a whole sequence."""
+    if table is not None:
+        sequence = tl.load(table + slot * 2).to(tl.int64)
+        local = tl.load(table + slot * 2 + 1).to(tl.int64)
+        used = sequence >= 0
+        sequence = tl.maximum(sequence, 0)
+        first = tl.load(bounds + sequence).to(tl.int64) + local * SEGMENT
+        stop = tl.load(bounds + sequence + 1).to(tl.int64)
+        count = tl.where(used, tl.minimum(stop - first, SEGMENT), 0)
+    elif bounds is not None:
+        sequence = slot
+        first = tl.load(bounds + slot).to(tl.int64)
+        count = tl.load(bounds + slot + 1).to(tl.int64) - first
+    else:
+        sequence = slot
+        first = slot * T
+        count = T.to(tl.int64)
+    return sequence, first, count
+
+
+@triton.jit
+def _chunk(slot, table, bounds, T, CHUNKS, C: tl.constexpr):
+    """(sequence, first token, tokens) of a stretch of C tokens; CHUNKS of them in a sequence that is not packed."""
+    if table is not None:
+        return _span(slot, table, bounds, T, C)
+    else:
+        sequence = slot // CHUNKS
+        local = slot % CHUNKS
+        return sequence, sequence * T + local * C, tl.minimum(T - local * C, C)
+
+
+@triton.jit
+def _load(base, first, count, head, heads, i, d, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of a [tokens, heads, D] tensor, zero from `count` on and beyond D. Only the origin is a 64-bit offset."""
+    at = base + (first * heads + head) * D + (i[:, None] * (heads * D) + d[None, :])
+    if D == BD:
+        return tl.load(at, mask=(i < count)[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=(i < count)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _prefetch(base, first, head, heads, i, D: tl.constexpr, wanted):
+    """Ask for rows of a [tokens, heads, D] bf16 tensor in the L2 cache: a 128-byte line is 64 columns."""
+    lines: tl.constexpr = (D + 63) // 64
+    for line in tl.static_range(0, lines):
+        _prefetch_block(base, first, head, heads, i, line * 64, D, wanted)
+
+
+@triton.jit
+def _prefetch_block(base, first, head, heads, i, column, D: tl.constexpr, wanted):
+    at = base + (first * heads + head) * D + i * (heads * D) + column
+    at = tl.where(i * 0 + wanted > 0, at, base)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _store(base, value, first, count, head, heads, i, d, D: tl.constexpr, BD: tl.constexpr):
+    at = base + (first * heads + head) * D + (i[:, None] * (heads * D) + d[None, :])
+    if D == BD:
+        tl.store(at, value.to(base.dtype.element_ty), mask=(i < count)[:, None])
+    else:
+        tl.store(at, value.to(base.dtype.element_ty), mask=(i < count)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _constant(g, head, GATE: tl.constexpr):
+    """The gate of every step (log2), if it is constant."""
+    if GATE == 1:
+        return tl.load(g + head).to(tl.float32) * LOG2E
+    else:
+        return 0.0
+
+
+@triton.jit
+def _gates(g, constant, first, count, head, tokens, i, GATE: tl.constexpr):
+    """Sums of log2 gates from a chunk's start to each token (itself included), and to its last."""
+    if GATE == 2:
+        sums = tl.load(g + head * tokens + first + i, mask=i < count, other=0.0)
+        return sums, tl.load(g + head * tokens + first + count - 1)
+    else:
+        return tl.minimum(i + 1, count).to(tl.float32) * constant, count.to(tl.float32) * constant
+
+
+@triton.jit
+def _weights(sums, constant, i, n, GATE: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr):
+    """exp2 of the gates between reader and writer; zero where the reader is first. Rows read, or write if REVERSE.
+
+    Constant weights stay in registers for all chunks. Others are made anew, their mask too, which the compiler
+    would keep in registers if it did not depend on the loop.
+    """
+    if GATE == 1:
+        rows = i
+    else:
+        rows = i + tl.minimum(n, 0)
+    if REVERSE:
+        later = rows[:, None] < i[None, :] + (0 if STRICT else 1)
+    else:
+        later = rows[:, None] + (0 if STRICT else 1) > i[None, :]
+    if GATE == 0:
+        return tl.where(later, 1.0, 0.0)
+    elif GATE == 1:
+        return tl.where(later, tl.exp2(tl.abs(i[:, None] - i[None, :]).to(tl.float32) * constant), 0.0)
+    else:
+        return tl.where(later, tl.exp2(-tl.abs((sums[:, None] - sums[None, :]).to(tl.float32))), 0.0)
+
+
+@triton.jit(do_not_specialize=["T", "SEGMENT", "tokens"])
+def stream_kernel(
+    x, y, z, g, partner, initial, final, out, flow, states, boundary, table, bounds,
+    T, SEGMENT, tokens, H, HV, scale, start_scale, end_scale,
+    X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, BLOCKS: tl.constexpr,
+    C: tl.constexpr, RESET: tl.constexpr, GATE: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out_i = scale · (Σ_{j≤i} (x_i·y_j) exp(G_i − G_j) z_j + exp(G_i) x_i S), S ← decay · S + Σ y_j z_jᵀ decayed.
+
+    REVERSE runs from the last token to the first, reading later ones. Grid: spans · HV · BLOCKS.
+    Forward (q, k, v) gives o, TRANSPOSED (do, v, k) dq; REVERSE (k, q, do) dv, REVERSE TRANSPOSED (v, do, q) dk.
+    TRANSPOSED: states lie in memory as [Z, X]; x and y have HV heads and z H, otherwise the other way round.
+    `initial` and `final` (or None): [spans, HV, ...], times start_scale and end_scale.
+    `states` (or None): written every RESET chunks when running forward, read when running back, where `boundary`
+    [.., HV, BLOCKS] receives Σ state ⊙ gradient; as [X, Z] of the pass that writes, so [Z, X] of the one that reads.
+    `partner` (or None): [tokens, heads of z, Z], with which `flow` [BLOCKS, tokens, HV] becomes: forward the part of
+    partner·out that came through S; REVERSE the same plus, inside the chunk, what each token wrote minus what it read.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    block, row = (program % BLOCKS).to(tl.int32), program // BLOCKS
+    head, slot = row % HV, row // HV
+    sequence, first, count = _span(slot, table, bounds, T, SEGMENT)
+    group = HV // H
+    if TRANSPOSED:
+        x_head, x_heads, z_head, z_heads = head, HV, head // group, H
+    else:
+        x_head, x_heads, z_head, z_heads = head // group, H, head, HV
+    constant = _constant(g, head, GATE)
+    i = tl.arange(0, C)
+    xs = tl.arange(0, BX)
+    zs = block * BZ + tl.arange(0, BZ)
+    inside = (xs < X)[:, None] & (zs < Z)[None, :]
+    if TRANSPOSED:
+        tile = zs[None, :] * X + xs[:, None]
+        kept = xs[:, None] * Z + zs[None, :]
+    else:
+        tile = xs[:, None] * Z + zs[None, :]
+        kept = zs[None, :] * X + xs[:, None]
+    state = tl.zeros([BX, BZ], tl.float32)
+    if initial is not None:
+        state += tl.load(initial + row * X * Z + tile, mask=inside, other=0.0).to(tl.float32) * start_scale
+    chunks = ((count + C - 1) // C).to(tl.int32)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        local = step
+        if REVERSE:
+            local = chunks - 1 - step
+        here = first + local * C
+        n = tl.minimum(count - local * C, C).to(tl.int32)
+        if states is not None and not REVERSE:  # noqa: SIM102 (the first part is known to the compiler)
+            if local % RESET == 0:
+                place = ((here // (C * RESET) + sequence) * HV + head) * X * Z
+                tl.store(states + place + kept, state.to(states.dtype.element_ty), mask=inside)
+        x_tile = _load(x, here, n, x_head, x_heads, i, xs, X, BX).to(DOT)
+        y_tile = _load(y, here, n, x_head, x_heads, i, xs, X, BX).to(DOT)
+        z_tile = _load(z, here, n, z_head, z_heads, i, zs, Z, BZ * BLOCKS).to(DOT)
+        if PREFETCH:
+            ahead = here + (-C if REVERSE else C)
+            left = tl.where(step + 1 < chunks, 1, 0)
+            _prefetch(x, ahead, x_head, x_heads, i, X, left)
+            _prefetch(y, ahead, x_head, x_heads, i, X, left)
+            _prefetch_block(z, ahead, z_head, z_heads, i, block * BZ, Z, left)
+        if GATE > 0:
+            sums, total = _gates(g, constant, here, n, head, tokens, i, GATE)
+            to_start = tl.exp2(sums.to(tl.float32))
+            to_end = tl.exp2((total - sums).to(tl.float32))
+            values = (z_tile.to(tl.float32) * (to_start if REVERSE else to_end)[:, None]).to(DOT)
+        else:
+            sums = 0.0
+            values = z_tile
+        result = tl.dot(x_tile, state.to(DOT), input_precision=PRECISION)
+        pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
+        if EARLY:
+            if GATE > 0:
+                state *= tl.exp2(total.to(tl.float32))
+            state = tl.dot(tl.trans(y_tile), values, state, input_precision=PRECISION)
+        if GATE > 0:
+            result *= (to_end if REVERSE else to_start)[:, None]
+        if partner is not None:
+            own = tl.sum(tl.where(i[:, None] == i[None, :], pairs, 0.0), 1)
+        pairs *= _weights(sums, constant, i, n, GATE, REVERSE, partner is not None)
+        result = tl.dot(pairs.to(DOT), z_tile, result, input_precision=PRECISION)
+        if partner is not None:
+            mate = _load(partner, here, n, z_head, z_heads, i, zs, Z, BZ * BLOCKS).to(tl.float32)
+            change = tl.sum(mate * result, 1) * scale
+            tl.store(flow + (block * tokens + here + i) * HV + head, change, mask=i < n)
+            result += own[:, None] * z_tile.to(tl.float32)
+        _store(out, result * scale, here, n, head, HV, i, zs, Z, BZ * BLOCKS)
+        if not EARLY:
+            if GATE > 0:
+                state *= tl.exp2(total.to(tl.float32))
+            state = tl.dot(tl.trans(y_tile), values, state, input_precision=PRECISION)
+        if states is not None and REVERSE:  # noqa: SIM102
+            if local % RESET == 0:
+                place = (here // (C * RESET) + sequence) * HV + head
+                stored = tl.load(states + place * X * Z + kept, mask=inside, other=0.0).to(tl.float32)
+                total_change = tl.sum(tl.sum(stored * state, 1), 0) * scale
+                tl.store(boundary + place * BLOCKS + block, total_change)
+    if final is not None:
+        tl.store(final + row * X * Z + tile, state * end_scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "tokens", "CHUNKS"])
+def cumulate_kernel(
+    g, sums, table, bounds, T, tokens, CHUNKS, HV, C: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """sums [HV, tokens]: log2 gates summed from each chunk's start. Grid: chunks · ⌈HV/BH⌉. g [tokens, HV]."""
+    program = tl.program_id(0).to(tl.int64)
+    parts = (HV + BH - 1) // BH
+    h = program % parts * BH + tl.arange(0, BH)
+    slot = program // parts
+    _, first, count = _chunk(slot, table, bounds, T, CHUNKS, C)
+    i = tl.arange(0, C)
+    inside = (i < count)[:, None] & (h < HV)[None, :]
+    gates = tl.load(g + (first + i)[:, None] * HV + h[None, :], mask=inside, other=0.0).to(tl.float32)
+    gates = gates.to(sums.dtype.element_ty) * LOG2E
+    tl.store(sums + h[None, :] * tokens + (first + i)[:, None], tl.cumsum(gates, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["SEGMENT", "tokens"])
+def segment_kernel(
+    y, z, g, own, decay, table, bounds, SEGMENT, tokens, H, HV,
+    X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, X_BLOCKS: tl.constexpr,
+    Z_BLOCKS: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What each segment adds to the state [segments, HV, X, Z], and its total gate [segments, HV] (log2).
+
+    y has H heads, z HV. At the segment's end, or REVERSE its start. Grid: segments · HV · X_BLOCKS · Z_BLOCKS.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    z_block, x_block = (program % Z_BLOCKS).to(tl.int32), (program // Z_BLOCKS % X_BLOCKS).to(tl.int32)
+    row = program // Z_BLOCKS // X_BLOCKS
+    head, slot = row % HV, row // HV
+    _, first, count = _span(slot, table, bounds, SEGMENT, SEGMENT)
+    key_head = head // (HV // H)
+    constant = _constant(g, head, GATE)
+    i = tl.arange(0, C)
+    xs = x_block * BX + tl.arange(0, BX)
+    zs = z_block * BZ + tl.arange(0, BZ)
+    state = tl.zeros([BX, BZ], tl.float32)
+    whole = 0.0
+    chunks = ((count + C - 1) // C).to(tl.int32)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        local = step
+        if REVERSE:
+            local = chunks - 1 - step
+        here = first + local * C
+        n = tl.minimum(count - local * C, C).to(tl.int32)
+        y_tile = _load(y, here, n, key_head, H, i, xs, X, BX * X_BLOCKS).to(DOT)
+        z_tile = _load(z, here, n, head, HV, i, zs, Z, BZ * Z_BLOCKS).to(DOT)
+        if GATE > 0:
+            sums, total = _gates(g, constant, here, n, head, tokens, i, GATE)
+            whole += total.to(tl.float32)
+            state *= tl.exp2(total.to(tl.float32))
+            factor = tl.exp2((sums if REVERSE else total - sums).to(tl.float32))
+            z_tile = (z_tile.to(tl.float32) * factor[:, None]).to(DOT)
+        state = tl.dot(tl.trans(y_tile), z_tile, state, input_precision=PRECISION)
+    inside = (xs < X)[:, None] & (zs < Z)[None, :]
+    tl.store(own + row * X * Z + (xs[:, None] * Z + zs[None, :]), state, mask=inside)
+    if GATE > 0:  # noqa: SIM102
+        if program % (Z_BLOCKS * X_BLOCKS) == 0:
+            tl.store(decay + row, whole)
+
+
+@triton.jit
+def carry_kernel(
+    own, decay, initial, final, first_slots, HV, SIZE, start_scale, end_scale,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Replace what each segment adds by the state before it (REVERSE: after it). Grid: N · HV · BLOCKS.
+
+    own [segments, HV, SIZE], first_slots [N+1]; initial and final (or None) [N, HV, SIZE].
+    """
+    program = tl.program_id(0).to(tl.int64)
+    block, row = program % BLOCKS, program // BLOCKS
+    head, sequence = row % HV, row // HV
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    state = tl.zeros([BLOCK], tl.float32)
+    if initial is not None:
+        state += tl.load(initial + row * SIZE + at, mask=inside, other=0.0).to(tl.float32) * start_scale
+    begin = tl.load(first_slots + sequence).to(tl.int64)
+    segments = (tl.load(first_slots + sequence + 1).to(tl.int64) - begin).to(tl.int32)
+    for step in range(0, segments):
+        local = step
+        if REVERSE:
+            local = segments - 1 - step
+        place = (begin + local) * HV + head
+        added = tl.load(own + place * SIZE + at, mask=inside, other=0.0)
+        tl.store(own + place * SIZE + at, state, mask=inside)
+        if GATED:
+            state *= tl.exp2(tl.load(decay + place))
+        state += added
+    tl.store(final + row * SIZE + at, state * end_scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "tokens", "CHUNKS"])
+def gate_grad_kernel(
+    gained, lost, boundary, grad, table, bounds, T, tokens, CHUNKS, HV,
+    GAINED: tl.constexpr, LOST: tl.constexpr, C: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """dg_t = boundary + Σ_{s<t} (gained_s − lost_s) over the C tokens between two resets. Grid: resets · ⌈HV/BH⌉.
+
+    gained [GAINED, tokens, HV] and boundary [.., HV, GAINED], lost [LOST, tokens, HV]: to be summed over their blocks.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    parts = (HV + BH - 1) // BH
+    h = (program % parts * BH + tl.arange(0, BH)).to(tl.int32)
+    slot = program // parts
+    sequence, first, count = _chunk(slot, table, bounds, T, CHUNKS, C)
+    n = count.to(tl.int32)
+    i = tl.arange(0, C)
+    at = (first + i)[:, None] * HV + h[None, :]
+    inside = (i < n)[:, None] & (h < HV)[None, :]
+    before = ((i > 0) & (i < n))[:, None] & (h < HV)[None, :]
+    change = tl.zeros([C, BH], tl.float32)
+    total = tl.zeros([BH], tl.float32)
+    size = tokens.to(tl.int64) * HV
+    for block in tl.static_range(0, GAINED):
+        change += tl.load(gained + block * size + at - HV, mask=before, other=0.0)
+        place = ((first // C + sequence) * HV + h) * GAINED + block
+        total += tl.load(boundary + place, mask=(h < HV) & (n > 0), other=0.0)
+    for block in tl.static_range(0, LOST):
+        change -= tl.load(lost + block * size + at - HV, mask=before, other=0.0)
+    value = tl.cumsum(change, 0) + total[None, :]
+    tl.store(grad + at, value.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def tail_kernel(a, b, c, d, bounds, N, T, SIZE_A, SIZE_B, SIZE_C, SIZE_D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Zero the rows of up to four [T, SIZE] tensors that belong to no sequence. Grid: ⌈T / ROWS⌉."""
+    stop = tl.load(bounds + N).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    if first + ROWS > stop:
+        for row in range(tl.maximum(first, stop), tl.minimum(first + ROWS, T)):
+            _zero(a, row, SIZE_A, BLOCK)
+            if b is not None:
+                _zero(b, row, SIZE_B, BLOCK)
+            if c is not None:
+                _zero(c, row, SIZE_C, BLOCK)
+            if d is not None:
+                _zero(d, row, SIZE_D, BLOCK)
+
+
+@triton.jit
+def _zero(base, row, SIZE, BLOCK: tl.constexpr):
+    for begin in range(0, SIZE, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        tl.store(base + row * SIZE + at, tl.zeros([BLOCK], base.dtype.element_ty), mask=at < SIZE)
+
+
+@triton.jit(do_not_specialize=["T"])
+def step_kernel(
+    q, k, v, g, state, out, T, H, HV, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, V_BLOCKS: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """T decoding steps on one K×BV tile of the state, in place. Grid: B · HV · V_BLOCKS."""
+    program = tl.program_id(0).to(tl.int64)
+    block, row = (program % V_BLOCKS).to(tl.int32), program // V_BLOCKS
+    head, batch = row % HV, row // HV
+    key_head = head // (HV // H)
+    keys = tl.arange(0, BK)
+    values = block * BV + tl.arange(0, BV)
+    tile = state + row * K * V + (keys[:, None] * V + values[None, :])
+    inside = (keys < K)[:, None] & (values < V)[None, :]
+    current = tl.load(tile, mask=inside, other=0.0).to(tl.float32)
+    for t in range(0, T):
+        token = batch * T + t
+        if GATE == 2:
+            current *= tl.exp(tl.load(g + token * HV + head).to(tl.float32))
+        elif GATE == 1:
+            current *= tl.exp(tl.load(g + head).to(tl.float32))
+        key = tl.load(k + (token * H + key_head) * K + keys, mask=keys < K, other=0.0).to(tl.float32)
+        value = tl.load(v + (token * HV + head) * V + values, mask=values < V, other=0.0).to(tl.float32)
+        query = tl.load(q + (token * H + key_head) * K + keys, mask=keys < K, other=0.0).to(tl.float32)
+        current += key[:, None] * value[None, :]
+        result = tl.sum(current * query[:, None], 0) * scale
+        tl.store(out + (token * HV + head) * V + values, result.to(out.dtype.element_ty), mask=values < V)
+    tl.store(tile, current, mask=inside)
