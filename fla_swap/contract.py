@@ -14,6 +14,10 @@ from fla_swap.patterns.mask import expected
 from fla_swap.recording import CacheRecord, CallRecord
 from fla_swap.types import ArgPath, AttentionSite, CallContract, Rope
 
+ROUNDED = 2e-2
+"""How far a table in half precision may be from the exact one, relative to its largest value."""
+_EXACT = 1e-5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -140,8 +144,13 @@ def derive_contract(
             if value.dtype != torch.bool and not bool(value.any()):
                 zeros.append(path)
                 continue
-            where = path.keyword or f"number {path.position}"
+            where, rounded = path.keyword or f"number {path.position}", rounded_alibi(site, record, keys)
+            if rounded is not None:
+                return rounded
             return f"argument {where} {tuple(value.shape)} is a mask, but not the site's own with the padding hidden"
+        elif _wider_mask(value, length, keys.shape[1]):
+            where = f"argument {path.keyword or f'number {path.position}'} {tuple(value.shape)}"
+            return f"{where} is a mask for more than {length} queries and {keys.shape[1]} keys: pass it cut to size"
         if name == "mask" and value.dim() == 2 and site.mask.kind != "bidirectional":
             facts["own_mask"] = True
     if ("cos" in facts) != ("sin" in facts):
@@ -204,12 +213,22 @@ def is_own_alibi(value: Tensor, site: AttentionSite, keys: Tensor) -> bool:
     `value` [H, T or 1, S], [B, H, T or 1, S] or [B · H, T or 1, S]; only keys that are no padding (`keys` bool [B, S])
     count, because a model may number the tokens from the first of them.
     """
+    tolerance = 1e-4 if value.dtype in (torch.float32, torch.float64) else ROUNDED
+    error = alibi_error(value, site, keys)
+    return error is not None and error <= tolerance
+
+
+def alibi_error(value: Tensor, site: AttentionSite, keys: Tensor) -> float | None:
+    """How far an argument is from the site's ALiBi bias, relative to its largest value; None where it is no such thing.
+
+    `value`, `keys` as in `is_own_alibi`.
+    """
     batch, size = keys.shape
     if site.alibi is None or not value.is_floating_point() or value.dim() < 3 or value.shape[-1] != size:
-        return False
+        return None
     heads = len(site.alibi)
     if value.shape[:-2].numel() not in (heads, batch * heads) or value.shape[-2] not in (1, size):
-        return False
+        return None
     bias = value.double().reshape(-1, heads, *value.shape[-2:])
     seen = keys[: len(bias), None, None, :].to(value.device)
     if value.shape[-2] == size:
@@ -217,8 +236,22 @@ def is_own_alibi(value: Tensor, site: AttentionSite, keys: Tensor) -> bool:
     line = torch.tensor(site.alibi, device=value.device)[:, None, None] * torch.arange(size, device=value.device)
     bias, line = _from_mean(bias, seen), _from_mean(line.double().expand(bias.shape), seen)
     factor = (bias * line).sum() / line.square().sum()
-    tolerance = 1e-4 if value.dtype in (torch.float32, torch.float64) else 2e-2
-    return bool(factor > 0) and bool((bias - factor * line).abs().max() <= tolerance * (factor * line).abs().max())
+    if not bool(factor > 0):
+        return None
+    return float((bias - factor * line).abs().max() / (factor * line).abs().max())
+
+
+def rounded_alibi(site: AttentionSite, record: CallRecord, keys: Tensor) -> str | None:
+    """A sentence about an argument that is the site's ALiBi bias in half precision, which a mixer adds unrounded."""
+    for path, value in leaves(record.args, record.kwargs):
+        error = alibi_error(value, site, keys) if isinstance(value, Tensor) else None
+        if error is not None and _EXACT < error <= ROUNDED:
+            where = f"argument {path.keyword or f'number {path.position}'} {tuple(value.shape)}"
+            return (
+                f"{where} is the ALiBi bias rounded to half precision (by {error:.1e} of its largest value): the "
+                "slopes are no numbers of that precision, and a mixer would add the bias unrounded"
+            )
+    return None
 
 
 def _from_mean(rows: Tensor, seen: Tensor) -> Tensor:
@@ -232,6 +265,13 @@ def _looks_like_a_mask(value: Tensor, length: int, keys: int) -> bool:
         return False
     floating = value.is_floating_point() and (value.dim() == 2 or value.shape[-2] == length)
     return value.dtype == torch.bool or value.dim() == 4 or floating
+
+
+def _wider_mask(value: Tensor, length: int, keys: int) -> bool:
+    """Whether an argument hides something of more pairs of tokens than there are: the owner cuts it itself."""
+    if value.dim() not in (2, 3, 4) or value.is_complex() or value.shape[-2] < length or value.shape[-1] <= keys:
+        return False
+    return value.dtype == torch.bool or (value.is_floating_point() and bool((value <= HIDDEN).any()))
 
 
 def _mask_kind(value: Tensor, site: AttentionSite, valid: Tensor, keys: Tensor) -> str | None:

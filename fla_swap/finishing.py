@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from fla_swap.captures import SHORT, TwoCaptures
-from fla_swap.contract import derive_contract, find_entry, readings
+from fla_swap.contract import derive_contract, find_entry, readings, rounded_alibi
 from fla_swap.errors import CaptureError, FlaSwapError, VerificationError
 from fla_swap.graph_proof import finish_in_graph, forget_random
 from fla_swap.matching import MATCHED
@@ -130,7 +130,8 @@ class Finisher:
             except VerificationError as error:
                 failure = str(error)
         else:
-            return _miss(site, "proof", failure, CALLED)
+            rounded = rounded_alibi(site, record, valid)
+            return _miss(site, "proof", failure if rounded is None else f"{rounded} ({failure})", CALLED)
         if proof.eager_error is not None and proof.eager_error > TOLERANCE:
             self.notes.append(
                 f"{site.fqn}: the model runs {_implementation(self.model)!r}, whose output differs from its eager code "

@@ -223,3 +223,28 @@ class MultiQueryFolded(Attention):
         scores = (q @ self.k(x).mT).view(b, t, H, t) * K**-0.5
         weights = scores.masked_fill(~causal(x)[:, None, :], float("-inf")).softmax(-1)
         return self.o((weights.view(b, t * H, t) @ self.v(x)).view(b, t, D))
+
+
+# On the way to the scores
+
+
+@style
+class NegativeRotation(Attention):
+    """Rotary positions turned the other way: the frequencies are negative."""
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().heads(x)
+        angles = torch.arange(x.shape[1])[:, None] * 10000.0 ** (-torch.arange(0, K, 2) / K)
+        cos, sin = (torch.cat((f, f), -1) for f in (angles.cos(), angles.sin()))
+        q, k = (t * cos - torch.cat((-t[..., K // 2 :], t[..., : K // 2]), -1) * sin for t in (q, k))
+        return q, k, v
+
+
+@style
+class EmptyJoin(Attention):
+    """Keys and values joined with a past that is empty."""
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().heads(x)
+        past = torch.zeros(*k.shape[:2], 0, K)
+        return q, torch.cat((past, k), 2), torch.cat((past, v), 2)

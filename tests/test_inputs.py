@@ -84,6 +84,15 @@ def test_which_bias_is_a_sites_own():
     assert not is_own_alibi(torch.zeros_like(line), site, keys)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_alibi_bias_that_the_model_rounds_to_half_precision_is_refused_with_that_reason(dtype):
+    shape = {"vocab_size": 100, "hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 12}
+    config = transformers.FalconConfig(**shape, alibi=True)  # slopes 2 ** -0.5, …: no numbers of bf16
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().to(dtype)
+    (near,) = fs.inspect(model, strict=False).near_misses
+    assert "is the ALiBi bias rounded to half precision (by " in near.reason and "add the bias unrounded" in near.reason
+
+
 # ---- the console
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -209,3 +210,24 @@ def test_zeros_of_a_shape_that_no_mask_has_stay_zero() -> None:
     assert apart(model.a(x, mask), after.a(x, mask)) < 1e-5
     with pytest.raises(SwapError, match=r"a tensor mask \[2, 20, 20\] that is not zero; when the model was inspected"):
         after.a(x, mask - 1)
+
+
+class Cutting(Owner):
+    """Its mask is for more tokens than there are."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        size = x.shape[1]
+        return super().forward(x, None if mask is None else mask[..., :size, :size])
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_a_mask_that_the_owner_cuts_to_size_is_no_mask_of_the_contract(kind: torch.dtype) -> None:
+    class Wide(Holder):
+        def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+            seen = torch.ones(2048, 2048, dtype=torch.bool).tril()[None, None]
+            hidden = torch.zeros(seen.shape).masked_fill(~seen, -1e9)
+            return super().forward(ids, seen if kind == torch.bool else hidden)
+
+    (near,) = fs.inspect(Wide(Cutting("all")).eval(), (ids(),), strict=False).near_misses
+    assert near.slot == "call"
+    assert re.search(r"argument number 1 \(1, 1, 2048, 2048\) is a mask for more than \d+ queries", near.reason)

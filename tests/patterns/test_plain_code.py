@@ -79,12 +79,25 @@ def test_what_only_looks_like_attention_is_refused(style: str) -> None:
     assert all(re.search(r"plain_(base|near_misses)\.py:\d+$", m.source) for m in report.near_misses)
 
 
-@pytest.mark.parametrize("style", ["EinsumWeights", "ModuleListHeads", "FusedByHead", "Conv1x1", "GroupedEinsum"])
+@pytest.mark.parametrize(
+    "style",
+    [
+        *("EinsumWeights", "ModuleListHeads", "FusedByHead", "Conv1x1", "GroupedEinsum"),
+        *("NegativeRotation", "EmptyJoin"),
+    ],
+)
 def test_swapping_for_softmax_changes_nothing(style: str) -> None:
     model, ids = plain(style), torch.randint(0, 61, (2, 21), generator=torch.Generator().manual_seed(1))
     before = model(ids).detach()
     fs.swap_(model, fs.plan(found(style), mixer="softmax", keep=0))
     assert float((model(ids).detach() - before).abs().max()) <= 1e-5
+
+
+def test_a_rotation_the_other_way_has_negative_frequencies() -> None:
+    rope = found("NegativeRotation").sites[0].rope
+    assert rope is not None and rope.style == "half"
+    assert rope.inv_freq == pytest.approx([-1.0, -0.1, -0.01, -0.001], rel=1e-4)
+    assert found("EmptyJoin").sites[0].rope is None
 
 
 def test_heads_with_projections_of_their_own_are_one_site() -> None:
