@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM
 
 import fla_swap as fs
 from fla_swap.bench.tiny_configs import tiny_config
+from fla_swap.distillation.calibration import calibrate
+from fla_swap.distillation.config import CalibrationConfig
 from fla_swap.mixers import Softmax, State, TokenMixer, Window
 
 Kind = type[TokenMixer]
@@ -219,6 +221,20 @@ def _arrived(mixer: TokenMixer, name: str, weight: Tensor) -> None:
     assert all(tuple(row.tolist()) in rows for row in weight), f"{name} does not hold the site's weight"
 
 
+def calibrated(kind: Kind) -> str:
+    """Fitted to data before training: no layer's error against its attention rises by 1%, some fall (worst shown)."""
+    if not kind.calibratable:
+        raise NotApplicable("nothing to fit: it starts as the attention that it replaces, or has no gates")
+    original, report, _, _ = softmax_model()
+    model = copy.deepcopy(original)
+    fs.swap_(model, fs.plan(report, mixer=kind.name, keep=0))
+    text = torch.randint(1, 50, (4, 64), generator=torch.Generator().manual_seed(0))
+    layers = calibrate(model, text, CalibrationConfig())
+    assert all(layer.after <= 1.01 * layer.before for layer in layers) and any(layer.kept for layer in layers), layers
+    worst = max(layers, key=lambda layer: layer.after)
+    return f"{worst.before:.2f} → {worst.after:.2f}"
+
+
 def model_of(kind: Kind, **options: Any) -> Any:
     """A two-layer model from scratch, weights large enough for its tokens to vary."""
     torch.manual_seed(0)
@@ -255,7 +271,7 @@ def scratch(kind: Kind) -> str:
 
 @torch.no_grad()
 def generate(kind: Kind) -> str:
-    """Greedy, left-padded, beams, a static cache: with the cache as without one."""
+    """Greedy, left-padded, beams, a static cache, prompt lookup (rolls back): with the cache as without one."""
     model, ids = model_of(kind), prompt()
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -263,8 +279,11 @@ def generate(kind: Kind) -> str:
     expected = model.generate(ids, **options, use_cache=False)
     assert torch.equal(model.generate(ids, **options), expected), "greedy"
     assert torch.equal(model.generate(ids, **options, cache_implementation="static"), expected), "static"
-    alone = model.generate(ids[:1, 4:], **{**options, "attention_mask": None})
+    single = {**options, "attention_mask": None}
+    alone = model.generate(ids[:1, 4:], **single)
     assert torch.equal(alone[0], expected[0, 4:]), "padded against alone"
+    lookup = model.generate(ids[1:], **single, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    assert torch.equal(lookup, expected[1:]), "prompt lookup"
     options["num_beams"] = 3
     beams = model.generate(ids, **options)
     assert torch.equal(beams, model.generate(ids, **options, use_cache=False)), "beams"
@@ -363,6 +382,7 @@ CHECKS: dict[str, Callable[[Kind], str]] = {
     "packed = separate": packed,
     "gradients": gradients,
     "swap": swap,
+    "calibrate": calibrated,
     "from scratch": scratch,
     "generate": generate,
     "save, load": saved,

@@ -44,6 +44,7 @@ class Mamba2Config(DecayConfig):
         "conv_bias": True,
         "conv_activation": "silu",
         "use_rope": False,
+        "scale": 1.0,
         "qk_l2norm": False,
         "output_norm": True,
         "norm_groups": 1,
@@ -89,9 +90,6 @@ class Mamba2(DecayMixer):
                 f"{config.num_groups} would drop some"
             )
         return super().complete(config, site)
-
-    def default_scale(self) -> float:
-        return 1.0
 
     @torch.no_grad()
     def reset_gates(self) -> None:

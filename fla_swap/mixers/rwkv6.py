@@ -36,6 +36,7 @@ class RWKV6Config(DecayConfig):
     """
 
     PAPER: ClassVar[Mapping[str, Any]] = {
+        "scale": 1.0,
         "qk_l2norm": False,
         "use_rope": False,
         "output_norm": True,
@@ -72,9 +73,6 @@ class RWKV6(DecayMixer):
         self.decay_up = nn.Linear(config.decay_rank, self.heads * self.head_dim)
         self.bonus = nn.Parameter(torch.ones(self.heads, self.head_dim))
         self.reset_gates()
-
-    def default_scale(self) -> float:
-        return 1.0
 
     @torch.no_grad()
     def reset_gates(self) -> None:

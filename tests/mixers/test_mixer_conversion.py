@@ -138,7 +138,7 @@ def test_gla_starts_as_decayed_linear_attention_on_the_sites_heads(weights, hidd
 @pytest.mark.parametrize("mixer_type", [RetNet, Lightning, Mamba2, HGRN2])
 def test_mixers_with_gated_decay_start_as_gla_does(weights, hidden, mixer_type):
     """On the site's heads, with the same decay and no gate in use; HGRN2 writes what it forgets."""
-    options = {"init_half_life": [8.0, 16.0, 32.0, 64.0], "scale": 0.4}
+    options = {"init_half_life": [8.0, 16.0, 32.0, 64.0]} | ({"scale": 0.4} if mixer_type is HGRN2 else {})
     gla = GLA.from_attention(SITE, weights, options | {"balanced": mixer_type is HGRN2})
     mixer = mixer_type.from_attention(SITE, weights, options)
     torch.testing.assert_close(mixer(hidden)[0], gla(hidden)[0], rtol=1e-5, atol=1e-5)
@@ -147,7 +147,7 @@ def test_mixers_with_gated_decay_start_as_gla_does(weights, hidden, mixer_type):
 @torch.no_grad()
 def test_rwkv6_starts_as_gla_with_memories_one_step_younger(weights, hidden):
     """Tokens unmixed; the token itself counts in full, the one before is not decayed yet."""
-    options = {"init_half_life": [8.0], "scale": 0.4}
+    options = {"init_half_life": [8.0]}
     gla = GLA.from_attention(SITE, weights, options).head_outputs
     mixer = RWKV6.from_attention(SITE, weights, options)
     before = torch.cat([gla(hidden)[:, :1]] * 11, 1)
