@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fla_swap.model import HybridForCausalLM
     from fla_swap.patterns.plugins import installed_recognisers
     from fla_swap.planning import Rule, load_plan, plan, save_plan
+    from fla_swap.prompt_state import PromptState, load_state, state
     from fla_swap.reporting import report_html, report_table
     from fla_swap.rewriting import last_rewrites, rewrite
     from fla_swap.swapping import original_attention, restore_, swap_
@@ -47,6 +48,7 @@ __all__ = [
     "HybridConfig",
     "HybridForCausalLM",
     "NearMiss",
+    "PromptState",
     "Rule",
     "StageConfig",
     "SwapPlan",
@@ -59,6 +61,7 @@ __all__ = [
     "last_rewrites",
     "load",
     "load_plan",
+    "load_state",
     "mixers",
     "ops",
     "original_attention",
@@ -71,6 +74,7 @@ __all__ = [
     "rewrite",
     "save",
     "save_plan",
+    "state",
     "swap_",
     "uncompile",
 ]
@@ -94,6 +98,7 @@ _SOURCES = {
     "model": ("HybridForCausalLM",),
     "patterns.plugins": ("installed_recognisers",),
     "planning": ("Rule", "load_plan", "plan", "save_plan"),
+    "prompt_state": ("PromptState", "load_state", "state"),
     "reporting": ("report_html", "report_table"),
     "rewriting": ("last_rewrites", "rewrite"),
     "swapping": ("original_attention", "restore_", "swap_"),

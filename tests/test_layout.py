@@ -36,6 +36,7 @@ STAGES = (
     "module_checkpoint",
     "checkpoint",
     "decoding",
+    "prompt_state",
     "compilation",
     "distillation",
 )
