@@ -1,4 +1,4 @@
-"""A prefix is read once; what follows it gives the tokens that reading everything gives, here and in another process."""
+"""A prefix is read once; what follows it gives the tokens of reading it all, here and in another process."""
 
 from __future__ import annotations
 
