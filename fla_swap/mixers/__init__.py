@@ -5,14 +5,17 @@ from __future__ import annotations
 from fla_swap.errors import MixerError
 from fla_swap.mixers.abc import ABC, ABCConfig
 from fla_swap.mixers.base import MixerConfig, State, TokenMixer
+from fla_swap.mixers.based import Based, BasedConfig
 from fla_swap.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from fla_swap.mixers.gla import GLA, GLAConfig
 from fla_swap.mixers.gsa import GSA, GSAConfig
+from fla_swap.mixers.hedgehog import Hedgehog, HedgehogConfig
 from fla_swap.mixers.hgrn import HGRN, HGRNConfig
 from fla_swap.mixers.hgrn2 import HGRN2, HGRN2Config
 from fla_swap.mixers.lightning import Lightning, LightningConfig
 from fla_swap.mixers.mamba import Mamba, MambaConfig
 from fla_swap.mixers.mamba2 import Mamba2, Mamba2Config
+from fla_swap.mixers.rebased import Rebased, RebasedConfig
 from fla_swap.mixers.retnet import RetNet, RetNetConfig
 from fla_swap.mixers.rwkv6 import RWKV6, RWKV6Config
 from fla_swap.mixers.softmax import Softmax, SoftmaxConfig
@@ -31,6 +34,9 @@ MIXERS: tuple[type[TokenMixer], ...] = (
     RWKV6,
     GSA,
     ABC,
+    Based,
+    Rebased,
+    Hedgehog,
     GatedDeltaNet,
 )
 
@@ -52,12 +58,16 @@ __all__ = [
     "MIXERS",
     "RWKV6",
     "ABCConfig",
+    "Based",
+    "BasedConfig",
     "GLAConfig",
     "GSAConfig",
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
     "HGRN2Config",
     "HGRNConfig",
+    "Hedgehog",
+    "HedgehogConfig",
     "Lightning",
     "LightningConfig",
     "Mamba",
@@ -66,6 +76,8 @@ __all__ = [
     "MambaConfig",
     "MixerConfig",
     "RWKV6Config",
+    "Rebased",
+    "RebasedConfig",
     "RetNet",
     "RetNetConfig",
     "Softmax",

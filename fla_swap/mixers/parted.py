@@ -38,14 +38,22 @@ class PartedMixer(RecurrentMixer):
         """
         raise NotImplementedError
 
+    def parts(self, state: State | None, tokens: Tokens, steps: int) -> tuple[Parts | None, bool]:
+        """(the parts of the memory or None, whether a step operator may update them in place)."""
+        if state is None:
+            return None, False
+        training = torch.is_grad_enabled()  # autograd keeps them, and the state itself changes after the call
+        before = tuple(state[name].clone() if training else state[name] for name in self.memory_shapes())
+        return before, steps == 1 and tokens.cu_seqlens is None and not training
+
     def remember(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: State | None) -> Tensor:
-        before, training = None, torch.is_grad_enabled()
-        if state is not None:
-            parts = (state[name] for name in self.memory_shapes())
-            before = tuple(part.clone() if training else part for part in parts)
-        decode = state is not None and x.shape[1] == 1 and tokens.cu_seqlens is None and not training
+        before, decode = self.parts(state, tokens, x.shape[1])
         with torch.autocast(x.device.type, enabled=False):
             o, after = self.operate(x, q, k, v, tokens, before, decode=decode)
-        for name, part in zip(self.memory_shapes(), after or (), strict=False):
-            store(state, name, part)
+        self.store_parts(state, after)
         return o
+
+    def store_parts(self, state: State | None, after: Parts | None) -> None:
+        if after is not None:
+            for name, part in zip(self.memory_shapes(), after, strict=True):
+                store(state, name, part)

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fla_swap.errors import MixerError
-from fla_swap.kernels.window.ops import WindowState, new_window_state, window_attention, window_attention_step
+from fla_swap.kernels.window.ops import (
+    WindowState,
+    new_window_state,
+    window_attention_lse,
+    window_attention_step,
+)
 from fla_swap.kernels.window.state import roll, unroll
 from fla_swap.mixers.base import MixerConfig, State, read_ref
 from fla_swap.mixers.heads import HeadsConfig, HeadsMixer
@@ -166,19 +171,7 @@ class Window(HeadsMixer):
             if tokens.starts is not None:
                 ring.valid.logical_and_(~tokens.starts)  # [N, W] and [B, 1]: a new document forgets the ring
             return window_attention_step(q, k, v, state=ring, valid=tokens.valid, **self._options(q))
-        if tokens.starts is not None and tokens.cu_seqlens is None:
-            o, after = self._with_starts(q, k, v, tokens, ring)
-        else:
-            o, after = window_attention(
-                q,
-                k,
-                v,
-                initial_state=ring,
-                output_final_state=ring is not None,
-                cu_seqlens=tokens.cu_seqlens,
-                valid=tokens.valid,
-                **self._options(q),
-            )
+        o, _, after = attend_window(q, k, v, tokens, ring, self._options(q))
         if ring is not None and after is not None:
             for own, new in zip(ring, after, strict=True):
                 own.copy_(new.detach())
@@ -194,34 +187,88 @@ class Window(HeadsMixer):
             "scale": self.scale,
         }
 
-    def _with_starts(
-        self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, ring: WindowState | None
-    ) -> tuple[Tensor, WindowState | None]:
-        """Rows in which documents start: laid end to end as one packed sequence, whose borders are the starts.
 
-        The borders are padded to one per token, so that their number is known without looking at the data.
-        """
-        assert tokens.starts is not None
-        steps, window = q.shape[1], self.config.window
-        valid = torch.ones_like(tokens.starts) if tokens.valid is None else tokens.valid
-        starts, before = tokens.starts, 0
-        if ring is not None:
-            past_k, past_v, past_valid = (
-                part.to(own.dtype) for part, own in zip(unroll(ring), (k, v, valid), strict=True)
-            )
-            before = window
-            q = F.pad(q, (0, 0, 0, 0, before, 0))
-            k, v = torch.cat((past_k, k), 1), torch.cat((past_v, v), 1)
-            valid, starts = torch.cat((past_valid, valid), 1), F.pad(starts, (before, 0), value=False)
-        rows, length = starts.shape
-        document = F.pad(starts[:, 1:], (1, 0), value=True).flatten().cumsum(0) - 1
-        borders = torch.searchsorted(document, torch.arange(rows * length + 1, device=q.device))
-        flat = [y.flatten(0, 1)[None] for y in (q, k, v, valid)]
-        o, _ = window_attention(*flat[:3], cu_seqlens=borders, valid=flat[3], **self._options(q))
-        o = o.unflatten(1, (rows, length))[0, :, before:]
-        if ring is None:
-            return o, None
-        last = document.view(rows, length)
-        counts = (valid & (last == last[:, -1:]))[:, -window:]
-        after = roll(k[:, -window:], v[:, -window:], counts, ring.count + steps)
-        return o, after
+def attend_window(
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, ring: WindowState | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, WindowState | None]:
+    """Windowed attention of heads q [B, T, H, K], k [B, T, HK, K] and v [B, T, HK, V] that go on from a ring.
+
+    `options`: of `window_attention`, the window among them. Returns o [B, T, H, V], the log-denominators [B, T, H], and
+    the new ring if there is an old one.
+    """
+    if tokens.starts is not None and tokens.cu_seqlens is None:
+        return _with_starts(q, k, v, tokens, ring, options)
+    return window_attention_lse(
+        q,
+        k,
+        v,
+        initial_state=ring,
+        output_final_state=ring is not None,
+        cu_seqlens=tokens.cu_seqlens,
+        valid=tokens.valid,
+        **options,
+    )
+
+
+def _with_starts(
+    q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, ring: WindowState | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, WindowState | None]:
+    """Rows in which documents start: laid end to end as one packed sequence, whose borders are the starts.
+
+    The borders are padded to one per token, so that their number is known without looking at the data.
+    """
+    assert tokens.starts is not None
+    steps, window = q.shape[1], options["window"]
+    valid = torch.ones_like(tokens.starts) if tokens.valid is None else tokens.valid
+    starts, before = tokens.starts, 0
+    if ring is not None:
+        past_k, past_v, past_valid = (part.to(own.dtype) for part, own in zip(unroll(ring), (k, v, valid), strict=True))
+        before = window
+        q = F.pad(q, (0, 0, 0, 0, before, 0))
+        k, v = torch.cat((past_k, k), 1), torch.cat((past_v, v), 1)
+        valid, starts = torch.cat((past_valid, valid), 1), F.pad(starts, (before, 0), value=False)
+    rows, length = starts.shape
+    document = F.pad(starts[:, 1:], (1, 0), value=True).flatten().cumsum(0) - 1
+    borders = torch.searchsorted(document, torch.arange(rows * length + 1, device=q.device))
+    flat = [y.flatten(0, 1)[None] for y in (q, k, v, valid)]
+    o, lse, _ = window_attention_lse(*flat[:3], cu_seqlens=borders, valid=flat[3], **options)
+    o, lse = (y.unflatten(1, (rows, length))[0, :, before:] for y in (o, lse))
+    if ring is None:
+        return o, lse, None
+    last = document.view(rows, length)
+    counts = (valid & (last == last[:, -1:]))[:, -window:]
+    return o, lse, roll(k[:, -window:], v[:, -window:], counts, ring.count + steps)
+
+
+def outside_window(
+    k: Tensor, v: Tensor, tokens: Tokens, ring: WindowState | None, window: int
+) -> tuple[Tensor, Tensor, Tokens]:
+    """The token that leaves the window at each step: k [B, T, HK, K] and v moved by W tokens in their documents.
+
+    The returned marks say which of them exist and count.
+    """
+    steps = torch.arange(k.shape[1], device=k.device)
+    valid = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if tokens.valid is None else tokens.valid
+    if ring is None:
+        past = (k.new_zeros(1, window, *k.shape[2:]), v.new_zeros(1, window, *v.shape[2:]))
+        past = (*past, valid.new_zeros(1, window))
+        rows = k.shape[0] if tokens.cu_seqlens is None else tokens.cu_seqlens.shape[0] - 1
+        past = tuple(part.expand(rows, *part.shape[1:]) for part in past)
+    else:
+        past = tuple(part.to(own.dtype) for part, own in zip(unroll(ring), (k, v, valid), strict=True))
+    if tokens.cu_seqlens is None:
+        old_k, old_v, exists = (
+            torch.cat((old, new), 1)[:, : k.shape[1]] for old, new in zip(past, (k, v, valid), strict=True)
+        )
+        if tokens.starts is not None:
+            latest = torch.where(tokens.starts, steps, -window).cummax(1).values
+            exists = exists & (latest <= steps - window)
+    else:
+        bounds = tokens.cu_seqlens.long()
+        number = (torch.searchsorted(bounds, steps, right=True) - 1).clamp(max=bounds.shape[0] - 2)
+        age = steps - bounds[number]
+        index = torch.where(age < window, number * window + age.clamp(max=window - 1), steps + past[2].numel() - window)
+        old_k, old_v, exists = (
+            torch.cat((old.flatten(0, 1), new[0]))[index][None] for old, new in zip(past, (k, v, valid), strict=True)
+        )
+    return old_k, old_v, tokens._replace(valid=exists)

@@ -21,21 +21,21 @@ def normalised(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     implementation: str | None = None,
-) -> tuple[Tensor, FeatureState | None]:
-    """Linear attention with a normaliser on features that exist already, as in Transformers are RNNs, 2006.16236.
+) -> tuple[Tensor, Tensor, FeatureState | None]:
+    """Σ_j (q_t · k_j) v_j / (Σ_j q_t · k_j + eps) over the tokens up to t.
 
-    q, k [B,T,H,F] features (queries' times what the keys' lack), v [B,T,H,V], g [B,T,H] log decays or None. The
-    normaliser is one more value channel that is always one. Computed in fp32 or wider. Returns as `based`.
+    q, k [B,T,H,F] features of one dtype (queries' times what the keys' lack), v [B,T,H,V], g [B,T,H] log decays or
+    None. The normaliser is one more value channel that is always one. Returns o [B,T,H,V] in v's dtype, the
+    denominators [B,T,H] (without eps), and the final (S [N,H,F,V], z [N,H,F]) if asked for.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    features = q.shape[3]
-    qf, kf, vf = (x.to(dtype) for x in (q, k, v))
-    vf = torch.cat((vf, torch.ones_like(vf[..., :1])), -1)
+    dtype, features = q.dtype, q.shape[3]
+    wide_dtype = torch.promote_types(dtype, torch.float32)
+    vf = torch.cat((v.to(dtype), v.new_ones((*v.shape[:3], 1), dtype=dtype)), -1)
     state = None if initial_state is None else torch.cat((initial_state[0], initial_state[1].unsqueeze(-1)), -1)
-    wide = None if g is None else g.to(dtype).unsqueeze(-1).expand(*g.shape, features)
+    wide = None if g is None else g.to(wide_dtype).unsqueeze(-1).expand(*g.shape, features)
     o, final = gla(
-        qf,
-        kf,
+        q,
+        k,
         vf,
         wide,
         scale=1.0,
@@ -44,8 +44,9 @@ def normalised(
         cu_seqlens=cu_seqlens,
         implementation=implementation,
     )
-    o = (o[..., :-1] / (o[..., -1:] + eps)).to(v.dtype)
-    return o, None if final is None else (final[..., :-1], final[..., -1])
+    above, below = o[..., :-1].to(wide_dtype), o[..., -1].to(wide_dtype)
+    o = (above / (below + eps).unsqueeze(-1)).to(v.dtype)
+    return o, below, None if final is None else (final[..., :-1], final[..., -1])
 
 
 def normalised_step(

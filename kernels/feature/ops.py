@@ -57,8 +57,20 @@ def based(
     Raises:
         KernelError: a wrong shape, dtype or device, or an implementation that cannot run here.
     """
-    options = (scale, eps, initial_state, output_final_state, cu_seqlens, valid, implementation)
-    return _attend(q, k, v, *options, taylor=True)
+    o, _, state = attend(
+        q,
+        k,
+        v,
+        taylor=True,
+        scale=scale,
+        eps=eps,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        valid=valid,
+        implementation=implementation,
+    )
+    return o, state
 
 
 def rebased(
@@ -76,8 +88,20 @@ def rebased(
 ) -> tuple[Tensor, FeatureState | None]:
     """Attention with the similarity s², s = scale · q·k. Rebased, 2402.10644 (whose learned map of q and k, with its
     norm, comes before: it is part of the mixer). Arguments as for `based`."""
-    options = (scale, eps, initial_state, output_final_state, cu_seqlens, valid, implementation)
-    return _attend(q, k, v, *options, taylor=False)
+    o, _, state = attend(
+        q,
+        k,
+        v,
+        taylor=False,
+        scale=scale,
+        eps=eps,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        valid=valid,
+        implementation=implementation,
+    )
+    return o, state
 
 
 def based_step(
@@ -113,20 +137,21 @@ def rebased_step(
     return _step(q, k, v, state, scale, eps, valid, implementation, taylor=False)
 
 
-def _attend(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float | None,
-    eps: float,
-    initial_state: FeatureState | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    valid: Tensor | None,
-    implementation: str | None,
     *,
     taylor: bool,
-) -> tuple[Tensor, FeatureState | None]:
+    scale: float | None = None,
+    eps: float = 1e-6,
+    initial_state: FeatureState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor, FeatureState | None]:
+    """`based` (`taylor`) or `rebased`, with the denominators [B,T,H] (without eps; not of the reference)."""
     chosen = choose_implementation(implementation, q.device)
     check_arguments(q, k, v, initial_state, cu_seqlens, taylor=taylor)
     if valid is not None:
@@ -135,14 +160,15 @@ def _attend(
     if chosen == "triton":
         check_triton(q)
         initial, initial_sum = initial_state or (None, None)
-        o, _, final, final_sum = feature_fwd(
+        o, den, final, final_sum = feature_fwd(
             q, k, v, initial, initial_sum, cu_seqlens, valid, factor, float(eps), taylor, output_final_state
         )
-        return o, (final, final_sum) if output_final_state else None
+        return o, den, (final, final_sum) if output_final_state else None
     options = {"eps": eps, "initial_state": initial_state, "output_final_state": output_final_state}
     if chosen == "reference":
         reference = based_reference if taylor else rebased_reference
-        return reference(q, k, v, scale=factor, cu_seqlens=cu_seqlens, valid=valid, **options)
+        o, state = reference(q, k, v, scale=factor, cu_seqlens=cu_seqlens, valid=valid, **options)
+        return o, o.new_empty(0), state
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     counts = _counted(q, cu_seqlens, valid)
     if counts is not None:
@@ -278,6 +304,7 @@ def feature_bwd(
     o: Tensor,
     den: Tensor,
     out_grad: Tensor,
+    den_grad: Tensor | None,
     final_grad: Tensor | None,
     final_sum_grad: Tensor | None,
     scale: float,
@@ -298,6 +325,7 @@ def feature_bwd(
         o,
         den,
         out_grad,
+        den_grad,
         final_grad,
         final_sum_grad,
         scale,
@@ -321,6 +349,7 @@ def _(
     o: Tensor,
     den: Tensor,
     out_grad: Tensor,
+    den_grad: Tensor | None,
     final_grad: Tensor | None,
     final_sum_grad: Tensor | None,
     scale: float,
@@ -340,7 +369,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _autograd(
-    ctx: Any, out_grad: Tensor | None, _den: Any, final_grad: Tensor | None, final_sum_grad: Tensor | None
+    ctx: Any, out_grad: Tensor | None, den_grad: Tensor | None, final_grad: Tensor | None, final_sum_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *tensors, o, den = ctx.saved_tensors
     if out_grad is None:
@@ -351,7 +380,7 @@ def _autograd(
         final_grad = final_sum_grad.new_zeros(*final_sum_grad.shape, o.shape[3])
     if final_sum_grad is None and final_grad is not None:
         final_sum_grad = final_grad.new_zeros(final_grad.shape[:3])
-    gradients = feature_bwd(*tensors, o, den, out_grad, final_grad, final_sum_grad, *ctx.options)
+    gradients = feature_bwd(*tensors, o, den, out_grad, den_grad, final_grad, final_sum_grad, *ctx.options)
     dq, dk, dv, ds, dz = gradients
     has_state = tensors[3] is not None
     return dq, dk, dv, ds if has_state else None, dz if has_state else None, *(None,) * 6

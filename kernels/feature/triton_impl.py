@@ -244,6 +244,7 @@ def backward(
     o: Tensor,
     den: Tensor,
     out_grad: Tensor,
+    den_out_grad: Tensor | None,
     final_grad: Tensor | None,
     final_sum_grad: Tensor | None,
     scale: float,
@@ -260,6 +261,8 @@ def backward(
         q=q, v=v, bounds=cu_seqlens, valid=valid, scale=scale, eps=eps, taylor=taylor, launch=launch, large=large
     )
     factor, den_grad = _delta(p, o, out_grad, den)
+    if den_out_grad is not None:
+        den_grad += den_out_grad
     given = {"q": q, "k": k, "v": v, "out_grad": out_grad, "factor": factor, "den_grad": den_grad, **p.shared}
     long = q.shape[1] > SEGMENT
     states: States = (None, None)
@@ -345,4 +348,4 @@ def _record_calls(dtype: torch.dtype, width: int, taylor: bool, packed: bool, la
     den = new(1, 128, 2, dtype=torch.float32)
     options = {"launch": record, "large": large}
     forward(q, k, v, state, sums, bounds, valid, 0.25, 1e-6, taylor, True, **options)
-    backward(q, k, v, state, sums, bounds, valid, v, den, v, state, sums, 0.25, 1e-6, taylor, **options)
+    backward(q, k, v, state, sums, bounds, valid, v, den, v, den, state, sums, 0.25, 1e-6, taylor, **options)

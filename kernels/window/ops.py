@@ -14,7 +14,7 @@ from fla_swap.kernels.common import check_cu_seqlens, check_shape, choose_implem
 from fla_swap.kernels.window import torch_impl
 from fla_swap.kernels.window.state import WindowState, check_state, new_window_state, roll, unroll
 
-__all__ = ["WindowState", "new_window_state", "window_attention", "window_attention_step"]
+__all__ = ["WindowState", "new_window_state", "window_attention", "window_attention_lse", "window_attention_step"]
 
 
 def window_attention(
@@ -54,12 +54,7 @@ def window_attention(
     Gradients reach q, k, v, sinks, alibi and the keys and values of the state.
     """
     _check_inputs(q, k, v, window, softcap, sinks, alibi, valid)
-    check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if window is None and (initial_state is not None or output_final_state):
-        raise KernelError("window=None keeps no constant-size state: use a key/value cache, or give a window")
-    if initial_state is not None and window is not None:
-        check_state(initial_state, sequences, k, v, window)
+    _check_state(q, k, v, window, initial_state, output_final_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "reference":
         from fla_swap.kernels.window.reference import window_attention_reference
@@ -78,12 +73,56 @@ def window_attention(
             cu_seqlens=cu_seqlens,
             valid=valid,
         )
+    o, _, state = window_attention_lse(
+        q,
+        k,
+        v,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi=alibi,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        valid=valid,
+        implementation=implementation,
+    )
+    return o, state
+
+
+def window_attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: WindowState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor, WindowState | None]:
+    """`window_attention` with the log of its denominator, to be combined with other attention under one softmax.
+
+    Arguments as in `window_attention` (no "reference"). Returns (o, lse [B, T, H] in fp32 or fp64, state); where no key
+    counts lse is +inf and o zero. Gradients reach lse too.
+    """
+    _check_inputs(q, k, v, window, softcap, sinks, alibi, valid)
+    _check_state(q, k, v, window, initial_state, output_final_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     shared = (sinks, alibi, window, softcap, scale, implementation)
     if cu_seqlens is not None:
-        return _packed(q, k, v, valid, cu_seqlens, initial_state, output_final_state, shared)
-    return _batched(q, k, v, valid, initial_state, output_final_state, shared)
+        o, lse, state = _packed(q, k, v, valid, cu_seqlens, initial_state, output_final_state, shared)
+    else:
+        o, lse, state = _batched(q, k, v, valid, initial_state, output_final_state, shared)
+    return o, lse.transpose(1, 2), state
 
 
 def window_attention_step(
@@ -140,6 +179,22 @@ def _check_inputs(
             raise KernelError(f"valid must be bool (True: the token counts), got {valid.dtype}")
 
 
+def _check_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    state: WindowState | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> None:
+    check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
+    if window is None and (state is not None or output_final_state):
+        raise KernelError("window=None keeps no constant-size state: use a key/value cache, or give a window")
+    if state is not None and window is not None:
+        check_state(state, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v, window)
+
+
 def _batched(q, k, v, valid, initial_state, output_final_state, shared):
     """A batch of equal lengths; earlier tokens are put in front of the keys."""
     sinks, alibi, window, softcap, scale, implementation = shared
@@ -148,13 +203,13 @@ def _batched(q, k, v, valid, initial_state, output_final_state, shared):
         past_k, past_v, past_valid = unroll(initial_state)
         k, v = torch.cat((past_k.to(k.dtype), k), 1), torch.cat((past_v.to(v.dtype), v), 1)
         counts = torch.cat((past_valid, _all_valid(q) if valid is None else valid), 1)
-    o, _ = _forward_op(q, k, v, sinks, alibi, counts, None, window, softcap, scale, implementation)
+    o, lse = _forward_op(q, k, v, sinks, alibi, counts, None, window, softcap, scale, implementation)
     if not output_final_state:
-        return o, None
+        return o, lse, None
     seen = q.new_zeros(q.shape[0], dtype=torch.int64) if initial_state is None else initial_state.count
     rows = torch.arange(k.shape[1] - window, k.shape[1], device=q.device).expand(q.shape[0], window)
     counts = _all_valid(q) if counts is None else counts
-    return o, _tail(k, v, counts, rows, rows >= 0, seen + q.shape[1])
+    return o, lse, _tail(k, v, counts, rows, rows >= 0, seen + q.shape[1])
 
 
 def _packed(q, k, v, valid, cu_seqlens, initial_state, output_final_state, shared):
@@ -176,15 +231,15 @@ def _packed(q, k, v, valid, cu_seqlens, initial_state, output_final_state, share
         counts = _all_valid(q) if valid is None else valid
         valid = _spread(size, (inside, counts[0]), (before, past_valid.flatten()))
         q, bounds = _spread(size, (inside, q[0])), grown
-    o, _ = _forward_op(q, k, v, sinks, alibi, valid, bounds, window, softcap, scale, implementation)
+    o, lse = _forward_op(q, k, v, sinks, alibi, valid, bounds, window, softcap, scale, implementation)
     if inside is not None:
-        o = o[:, inside]
+        o, lse = o[:, inside], lse[:, :, inside]
     if not output_final_state:
-        return o, None
+        return o, lse, None
     seen = lengths if initial_state is None else initial_state.count + lengths
     rows = bounds[1:, None] - window + torch.arange(window, device=q.device)
     counts = _all_valid(k) if valid is None else valid
-    return o, _tail(k, v, counts, rows, rows >= bounds[:-1, None], seen)
+    return o, lse, _tail(k, v, counts, rows, rows >= bounds[:-1, None], seen)
 
 
 def _tail(k, v, counts, rows, exists, seen) -> WindowState:
@@ -250,6 +305,7 @@ def _backward_op(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
+    lse_grad: Tensor | None,
     sinks: Tensor | None,
     alibi: Tensor | None,
     valid: Tensor | None,
@@ -266,14 +322,14 @@ def _backward_op(
             from fla_swap.kernels.window import triton_impl
 
             grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
-            dq, dk, dv, dsinks, dalibi = triton_impl.backward(grad, q, k, v, o, lse, sinks, band)
+            dq, dk, dv, dsinks, dalibi = triton_impl.backward(grad, q, k, v, o, lse, sinks, band, lse_grad)
         else:
-            dq, dk, dv, dsinks, dalibi = torch_impl.backward(grad, q, k, v, lse, sinks, band)
+            dq, dk, dv, dsinks, dalibi = torch_impl.backward(grad, q, k, v, lse, sinks, band, lse_grad)
     return dq, dk, dv, _or_empty(dsinks, sinks, q), _or_empty(dalibi, alibi, q)
 
 
 @_backward_op.register_fake
-def _(grad, q, k, v, o, lse, sinks, alibi, valid, cu_seqlens, window, softcap, scale, implementation):
+def _(grad, q, k, v, o, lse, lse_grad, sinks, alibi, valid, cu_seqlens, window, softcap, scale, implementation):
     dense = (q.new_empty(x.shape) for x in (q, k, v))
     extra = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (sinks, alibi))
     return (*dense, *extra)
@@ -285,12 +341,15 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _grad_lse):
+def _backward(ctx, grad, lse_grad):
     none = (None,) * 11
-    if grad is None:
+    if grad is None and lse_grad is None:
         return none
     q, k, v, o, lse, sinks, alibi, valid, cu_seqlens = ctx.saved_tensors
-    dq, dk, dv, dsinks, dalibi = _backward_op(grad, q, k, v, o, lse, sinks, alibi, valid, cu_seqlens, *ctx.static)
+    grad = torch.zeros_like(o) if grad is None else grad
+    dq, dk, dv, dsinks, dalibi = _backward_op(
+        grad, q, k, v, o, lse, lse_grad, sinks, alibi, valid, cu_seqlens, *ctx.static
+    )
     return (
         dq,
         dk,

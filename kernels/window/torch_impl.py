@@ -71,11 +71,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, band: Band) -
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, sinks: Tensor | None, band: Band
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    band: Band,
+    lse_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, sinks [H] and alibi [H] (None where there are none).
 
-    o · do is summed from the weights: o was rounded to its dtype, and the sinks' gradient is made of nothing else.
+    o · do is summed from the weights: o was rounded to its dtype, and the sinks' gradient is made of nothing else. What
+    reaches the log-denominators, `lse_grad` [B, H, Tq], is taken off it.
     """
     batch, queries, heads, _ = q.shape
     dtype = compute_dtype(q.dtype)
@@ -93,6 +101,8 @@ def backward(
         dv[:, :, keys] += _outer(weights, grad_rows)
         dscores = _matmul(grad_rows, v_heads[:, :, keys].mT).mul_(weights)
         row_delta = dscores.sum(-1, keepdim=True)
+        if lse_grad is not None:
+            row_delta = row_delta - lse_grad.view_as(lse_heads[..., 0])[:, :, :, rows].unsqueeze(-1)
         delta_heads[:, :, :, rows] = row_delta
         dscores = dscores.addcmul_(weights, row_delta, value=-1.0)
         if dalibi is not None:

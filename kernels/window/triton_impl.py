@@ -404,11 +404,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, band: Band) -
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, band: Band
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    band: Band,
+    lse_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As `torch_impl.backward`; inputs contiguous."""
     batch, queries, heads, _ = q.shape
     delta = (grad.float() * o.float()).sum(-1).transpose(1, 2).contiguous()
+    delta = delta if lse_grad is None else delta - lse_grad
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     exact = torch.empty_like(delta)
     dalibi = None if band.alibi is None else torch.empty_like(delta)
@@ -423,6 +432,7 @@ def backward(
         q, k, v, grad, lse, delta, alibi, valid, start,
         dq, exact, exact if dalibi is None else dalibi, *numbers, **options
     )  # fmt: skip
+    exact = exact if lse_grad is None else exact - lse_grad
     run(
         backward_key_kernel, _blocks(k.shape[1], options["BN"]) * batch * k.shape[2],
         q, k, v, grad, lse, exact, alibi, valid, start, stop, dk, dv, *numbers, **options

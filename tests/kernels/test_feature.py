@@ -204,6 +204,22 @@ def test_keys_that_do_not_count_are_not_there(name: str, implementation: str, sh
     assert not got[1][~valid].any() and not got[2][~valid].any()
 
 
+@EITHER
+def test_denominators_and_their_gradients(name: str) -> None:
+    """They are the sums of the similarities; both implementations pass gradients on."""
+    tensors, _ = split(make(name, 9, batch=1))
+    found = []
+    for implementation in ("torch", "triton"):
+        options = {"scale": 0.3, "eps": 0.5, "implementation": implementation}
+        o, den, _ = ops.attend(**tensors, **options, taylor=name == "based")
+        gradients = torch.autograd.grad(den.square().sum() + o.sum(), list(tensors.values()))
+        found.append((den, *gradients))
+    s = 0.3 * torch.einsum("bthk,bshk->bhts", tensors["q"], tensors["k"])
+    weights = (1 + s + s * s / 2 if name == "based" else s * s).tril()
+    torch.testing.assert_close(found[0][0], weights.sum(-1).transpose(1, 2))
+    torch.testing.assert_close(*found)
+
+
 def test_two_tokens_by_hand() -> None:
     """q = k = 1, scale 1: the similarities of Based are 2.5, those of Rebased 1, so the output is the mean."""
     one = torch.ones(1, 2, 1, 1)
@@ -221,7 +237,7 @@ def test_normalised_attention_forgets_with_its_gate() -> None:
     q, k = (torch.rand(1, 9, 2, 4, generator=generator) for _ in range(2))
     v, g = torch.randn(1, 9, 2, 3, generator=generator), torch.zeros(1, 9, 2)
     g[:, 5] = -64.0
-    o, _ = normalised(q, k, v, g)
+    o, _, _ = normalised(q, k, v, g)
     torch.testing.assert_close(o[:, 5:], normalised(q[:, 5:], k[:, 5:], v[:, 5:])[0])
 
 
@@ -262,9 +278,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.feature_fwd, (*tensors, None, torch.ones(1, 2, dtype=torch.bool), 0.5, 1e-6, True, True))
     torch.library.opcheck(ops.feature_fwd, (*tensors[:3], None, None, None, None, 0.5, 1e-6, True, False))
     q, k, v, S, z = (x.detach() for x in tensors)
-    torch.library.opcheck(
-        ops.feature_bwd, (q, k, v, S, z, None, None, v, v[..., 0].abs() + 1, v, S, z, 0.5, 1e-6, True)
-    )
+    den = v[..., 0].abs() + 1
+    torch.library.opcheck(ops.feature_bwd, (q, k, v, S, z, None, None, v, den, v, den, S, z, 0.5, 1e-6, True))
 
 
 def test_compiles_whole_and_once_for_all_lengths() -> None:

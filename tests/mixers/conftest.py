@@ -8,14 +8,17 @@ import torch
 from fla_swap.mixers import (
     MIXERS,
     ABCConfig,
+    BasedConfig,
     GatedDeltaNetConfig,
     GLAConfig,
     GSAConfig,
+    HedgehogConfig,
     HGRN2Config,
     HGRNConfig,
     LightningConfig,
     Mamba2Config,
     MambaConfig,
+    RebasedConfig,
     RetNetConfig,
     RWKV6Config,
     WindowConfig,
@@ -69,6 +72,17 @@ CONFIGS = {
     "abc_all": ABCConfig.paper(
         hidden_size=24, num_heads=4, num_slots=3, clamp=1.5, v_activation="silu", output_activation="silu"
     ),
+    "based": BasedConfig(feature_dim=4, **HEADS),
+    "based_all": BasedConfig.paper(
+        hidden_size=24, num_heads=4, feature_dim=3, expand_kv=False, num_kv_heads=2, conv_size=3, output_norm=True
+    ),
+    "based_window": BasedConfig(feature_dim=4, window=3, expand_kv=False, **HEADS),
+    "rebased": RebasedConfig(feature_dim=4, eps=1e-3, **HEADS),
+    "rebased_all": RebasedConfig.paper(hidden_size=24, num_heads=4, feature_dim=3, qk_norm=False, eps=1e-2),
+    "hedgehog": HedgehogConfig(window=3, **HEADS),
+    "hedgehog_all": HedgehogConfig.paper(
+        hidden_size=24, num_heads=4, feature_dim=3, expand_kv=False, num_kv_heads=2, output_gate="swish"
+    ),
 }  # fmt: skip
 CLASSES = {mixer.name: mixer for mixer in MIXERS}
 
@@ -76,7 +90,7 @@ CLASSES = {mixer.name: mixer for mixer in MIXERS}
 def build(case: str, dtype: torch.dtype = torch.float64):
     """A mixer of this case whose parameters are all random (gates and convolutions included)."""
     torch.manual_seed(0)
-    mixer = CLASSES[case.removesuffix("_all").removesuffix("_bound")](CONFIGS[case]).to(dtype)
+    mixer = CLASSES[case.removesuffix("_all").removesuffix("_bound").removesuffix("_window")](CONFIGS[case]).to(dtype)
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -16,13 +16,16 @@ from fla_swap.mixers import (
     HGRN2,
     MIXERS,
     RWKV6,
+    Based,
     GatedDeltaNet,
     GatedDeltaNetConfig,
     GLAConfig,
+    Hedgehog,
     HGRN2Config,
     Lightning,
     Mamba2,
     Mamba2Config,
+    Rebased,
     RetNet,
     Softmax,
     Window,
@@ -36,7 +39,7 @@ from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, Norm, Pro
 D, H, HK, K, V = 24, 4, 2, 8, 6
 RECURRENT = [mixer for mixer in MIXERS if issubclass(mixer, RecurrentMixer)]
 STATEFUL = [mixer for mixer in MIXERS if issubclass(mixer, StatefulMixer)]
-WITHOUT_DECAY = [ABC]
+WITHOUT_DECAY = [ABC, Based, Rebased, Hedgehog]
 
 
 def projection(name: str) -> Projection:

@@ -119,7 +119,7 @@ def test_padding_in_decode_leaves_the_memory_untouched(mixer, hidden):
     _, state = mixer(hidden[:, :9], output_state=True)
     before = {name: tensor.clone() for name, tensor in state.items()}
     mixer(hidden[:, 9:10] * 100, state=state, valid=torch.tensor([[False], [True]]))
-    if "recurrent" in state:  # a window's distances count padding too, so there only the keys must not be seen
+    if "valid" not in state:  # a window's distances count padding too, so there only the keys must not be seen
         same_state({n: t[:1] for n, t in state.items()}, {n: t[:1] for n, t in before.items()})
     else:
         slot = int(state["count"][0] - 1) % mixer.config.window
@@ -128,7 +128,7 @@ def test_padding_in_decode_leaves_the_memory_untouched(mixer, hidden):
 
 @torch.no_grad()
 def test_right_padding_leaves_the_memory_untouched(mixer, hidden):
-    if "recurrent" not in mixer.init_state(1, device=hidden.device, dtype=hidden.dtype):
+    if "valid" in mixer.init_state(1, device=hidden.device, dtype=hidden.dtype):
         return
     valid = torch.arange(13)[None] < torch.tensor([[1], [9]])
     _, state = mixer(hidden, valid=valid, output_state=True)
