@@ -1,7 +1,7 @@
 """What the mixers share that replace softmax by a feature map, with softmax kept for the last tokens if asked for.
 
-o_t = Σ_{j≤t} sim(q_t, k_j) v_j / Σ_{j≤t} sim(q_t, k_j). With a window of W tokens (LoLCATs, 2410.10254) sim is γ exp(s)
-for the last W and the feature map's for older ones, under one denominator: with the window's softmax o_w, its
+o_t = Σ_{j≤t} sim(q_t, k_j) v_j / Σ_{j≤t} sim(q_t, k_j). With a window of W tokens (LoLCATs, 2410.10254) sim is
+γ exp(s) for the last W and the feature map's for older ones, under one denominator: with the window's softmax o_w, its
 log-denominator ℓ, and o_f and D of the features,  o = p o_w + (1 − p) o_f,  p = sigmoid(log γ + ℓ − log D).
 
 Legend for shapes: B batch, T time, H heads, K key width, V value width, F features, W window, N sequences.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -116,27 +117,40 @@ def make_inputs(
         values = {name: x if name == "g" else x.to(dtype) for name, x in values.items()}
     else:
         values = {name: x.to(dtype) for name, x in values.items()} | {"s": normal(2, T, H, slots)}
+    values["initial_state"] = normal(2, H, 2 * D * slots + (0 if gated else slots))
     return {name: x.to(device).requires_grad_() for name, x in values.items()}
 
 
+def on_one_state(
+    operator: Any, q: Tensor, k: Tensor, v: Tensor, s: Tensor, initial_state: Tensor, **options: Any
+) -> Any:
+    """`gsa` or `abc` with the parts of the initial state side by side in one tensor [N,H,K·M + M·V (+ M)]."""
+    (width, slots), value_width = (k.shape[3], s.shape[3]), v.shape[3]
+    sizes = [width * slots, slots * value_width, slots]
+    parts = initial_state.split(sizes[: 2 if "g" in options else 3], -1)
+    shapes = ((width, slots), (slots, value_width), (slots,))
+    state = tuple(part.unflatten(-1, shape).contiguous() for part, shape in zip(parts, shapes, strict=False))
+    return operator(q, k, v, s, initial_state=state, **options)
+
+
 def numerics_cases() -> tuple[dict[str, Any], ...]:
-    """Build `NUMERICS_CASES` late: the public functions live in `slots`, which imports this file."""
+    """Build `NUMERICS_CASES` late: the public functions live in `slots`, which imports this file.
+
+    All start from a state: before the second token the slots are equal, and gradients of the scores rounding errors.
+    """
     from fla_swap.kernels.decay.slots import abc, gsa
 
-    def make(gated: bool) -> Any:
-        return lambda *arguments: make_inputs(*arguments, gated=gated)
+    def case(operator: Any, reference: Any, gated: bool) -> dict[str, Any]:
+        def op(q: Tensor, k: Tensor, v: Tensor, s: Tensor, initial_state: Tensor, **options: Any) -> Any:
+            return on_one_state(operator, q, k, v, s, initial_state, **options)
 
-    return (
-        {"name": "gsa", "op": gsa, "reference": gsa_reference, "make": make(True), "kwargs": {}},
-        {
-            "name": "abc",
-            "op": abc,
-            "reference": abc_reference,
-            "make": make(False),
-            "kwargs": {},
-            "gates": ("s",),
-        },
-    )
+        def loop(q: Tensor, k: Tensor, v: Tensor, s: Tensor, initial_state: Tensor, **options: Any) -> Any:
+            return on_one_state(reference, q, k, v, s, initial_state, **options)
+
+        make = functools.partial(make_inputs, gated=gated)
+        return {"name": operator.__name__, "op": op, "reference": loop, "make": make, "kwargs": {}, "gates": ("g", "s")}
+
+    return case(gsa, gsa_reference, True), case(abc, abc_reference, False)
 
 
 def __getattr__(name: str) -> Any:

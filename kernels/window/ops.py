@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fla_swap.errors import KernelError
-from fla_swap.kernels.common import check_cu_seqlens, check_shape, choose_implementation
+from fla_swap.kernels.common import choose_implementation
 from fla_swap.kernels.window import torch_impl
+from fla_swap.kernels.window.checks import check_initial, check_inputs
 from fla_swap.kernels.window.state import WindowState, check_state, new_window_state, roll, unroll
 
 __all__ = ["WindowState", "new_window_state", "window_attention", "window_attention_lse", "window_attention_step"]
@@ -53,8 +53,8 @@ def window_attention(
 
     Gradients reach q, k, v, sinks, alibi and the keys and values of the state.
     """
-    _check_inputs(q, k, v, window, softcap, sinks, alibi, valid)
-    _check_state(q, k, v, window, initial_state, output_final_state, cu_seqlens)
+    check_inputs(q, k, v, window, softcap, sinks, alibi, valid)
+    check_initial(q, k, v, window, initial_state, output_final_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "reference":
         from fla_swap.kernels.window.reference import window_attention_reference
@@ -112,8 +112,8 @@ def window_attention_lse(
     Arguments as in `window_attention` (no "reference"). Returns (o, lse [B, T, H] in fp32 or fp64, state); where no key
     counts lse is +inf and o zero. Gradients reach lse too.
     """
-    _check_inputs(q, k, v, window, softcap, sinks, alibi, valid)
-    _check_state(q, k, v, window, initial_state, output_final_state, cu_seqlens)
+    check_inputs(q, k, v, window, softcap, sinks, alibi, valid)
+    check_initial(q, k, v, window, initial_state, output_final_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -143,56 +143,10 @@ def window_attention_step(
 
     Arguments as in `window_attention`, with B = N. Returns o [B, T, H, V]; the rest costs O(window).
     """
-    _check_inputs(q, k, v, window, softcap, sinks, alibi, valid)
+    check_inputs(q, k, v, window, softcap, sinks, alibi, valid)
     check_state(state, q.shape[0], k, v, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _step_op(q, k, v, *state, sinks, alibi, valid, softcap, scale, implementation)
-
-
-def _check_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi: Tensor | None,
-    valid: Tensor | None,
-) -> None:
-    if q.ndim != 4:
-        raise KernelError(f"q must have shape (B, T, H, K), got {tuple(q.shape)}")
-    batch, steps, heads, key_dim = q.shape
-    check_shape("k", k, (batch, steps, None, key_dim))
-    check_shape("v", v, (batch, steps, k.shape[2], None))
-    if k.shape[2] == 0 or heads % k.shape[2]:
-        raise KernelError(f"q's {heads} heads must be a multiple of k's {k.shape[2]}")
-    if window is not None and window < 1:
-        raise KernelError(f"window must be at least 1 (it counts the token itself) or None, got {window}")
-    if softcap is not None and softcap <= 0:
-        raise KernelError(f"softcap must be positive or None, got {softcap}")
-    for name, tensor in (("sinks", sinks), ("alibi", alibi)):
-        if tensor is not None:
-            check_shape(name, tensor, (heads,))
-    if valid is not None:
-        check_shape("valid", valid, (batch, steps))
-        if valid.dtype != torch.bool:
-            raise KernelError(f"valid must be bool (True: the token counts), got {valid.dtype}")
-
-
-def _check_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None,
-    state: WindowState | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> None:
-    check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
-    if window is None and (state is not None or output_final_state):
-        raise KernelError("window=None keeps no constant-size state: use a key/value cache, or give a window")
-    if state is not None and window is not None:
-        check_state(state, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v, window)
 
 
 def _batched(q, k, v, valid, initial_state, output_final_state, shared):
