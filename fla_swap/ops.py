@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fla_swap.kernels import flops
 from fla_swap.kernels.decay.ops import gla, gla_step
 from fla_swap.kernels.decay.rwkv6 import rwkv6, rwkv6_step
 from fla_swap.kernels.decay.simple_ops import (
@@ -64,3 +65,5 @@ __all__ = [
     "window_attention",
     "window_attention_step",
 ]
+
+flops.register()

@@ -26,7 +26,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-CHUNK, NARROW, SLOTS = 64, 16, 64
+from fla_swap.kernels.flops import decay, delta, pairs
+
+NARROW, SLOTS = 16, 64
 
 
 class Sized(Protocol):
@@ -53,32 +55,26 @@ def token_heads(shape: Sized) -> int:
     return shape.batch * shape.time * shape.heads
 
 
-def _decay(keys: float, values: float, scores: float) -> float:
-    return 4 * keys * values + CHUNK * (scores + values)
-
-
 def state_products(shape: Sized) -> float:
-    return token_heads(shape) * _decay(shape.width, shape.width, shape.width)
+    return token_heads(shape) * decay(shape.width, shape.width, shape.width)
 
 
 def delta_products(shape: Sized) -> float:
-    return token_heads(shape) * (6 * shape.width**2 + 10 * CHUNK * shape.width)
+    return token_heads(shape) * delta(shape.width, shape.width)
 
 
 def slot_products(shape: Sized) -> float:
     slots = min(SLOTS, shape.width)
-    return token_heads(shape) * (_decay(shape.width, slots, shape.width) + _decay(slots, shape.width, slots))
+    return token_heads(shape) * (decay(shape.width, slots, shape.width) + decay(slots, shape.width, slots))
 
 
 def feature_products(shape: Sized) -> float:
     narrow = min(NARROW, shape.width)
-    return token_heads(shape) * _decay(narrow * (narrow + 1) // 2 + narrow + 1, shape.width, narrow)
+    return token_heads(shape) * decay(narrow * (narrow + 1) // 2 + narrow + 1, shape.width, narrow)
 
 
 def window_products(shape: Sized, window: int) -> float:
-    seen = min(window, shape.time)
-    pairs = seen * (seen + 1) // 2 + (shape.time - seen) * seen
-    return shape.batch * shape.heads * pairs * 4 * shape.width
+    return shape.batch * shape.heads * pairs(shape.time, shape.time, window) * 4 * shape.width
 
 
 def scan_exponentials(shape: Sized) -> float:

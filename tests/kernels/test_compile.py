@@ -1,4 +1,4 @@
-"""Every operator under torch.compile: whole graphs, forward and backward, one for all lengths; opcheck; export.
+"""Every operator under torch.compile: whole graphs, forward and backward, one for all lengths; opcheck; FLOPs; export.
 
 The list is not written here: `fla_swap.bench.catalogue` has every sequence operator, `NUMERICS_CASES` the others, and a
 public operator that is in neither fails the first test.
@@ -6,6 +6,8 @@ public operator that is in neither fails the first test.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +18,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 import fla_swap
 import fla_swap.ops
 from fla_swap.bench.catalogue import CASES, Shape
 from fla_swap.bench.comparison import accepts, load_cases
+from fla_swap.kernels.flops import FORMULAS, pairs
 
 COMPOSED = ("rms_norm", "gated_rms_norm", "short_conv")
 """Written in plain PyTorch, for Inductor to fuse."""
@@ -140,6 +144,49 @@ def test_fakes_and_schemas_of_every_custom_operator(name):
     assert recorder.calls or name in COMPOSED
     for function, (args, kwargs) in recorder.calls.items():
         torch.library.opcheck(function, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+def counted(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name not in COMPOSED])
+def test_operations_are_counted_forward_and_backward(name):
+    operator = OPERATORS[name]
+    inputs = operator.inputs(40)
+    with torch.no_grad():
+        forward = counted(lambda: operator.function(**inputs, **operator.options))
+    both = counted(lambda: gradients(total(operator.function(**inputs, **operator.options)), inputs))
+    assert both >= 2 * forward > 0
+
+
+def test_every_custom_operator_has_a_formula():
+    names = {n.removeprefix("fla_swap::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("fla_swap::")}
+    assert names - set(FORMULAS) == {"slot_writes_fwd", "slot_writes_bwd"}
+
+
+@pytest.mark.parametrize(
+    "queries, keys, window", [(5, 5, None), (5, 5, 3), (3, 9, 4), (3, 9, 8), (2, 9, 50), (1, 1, 1)]
+)
+def test_pairs_of_a_window(queries, keys, window):
+    seen = [min(keys - queries + 1 + i, window or keys) for i in range(queries)]
+    assert pairs(queries, keys, window) == sum(seen)
+
+
+def test_counting_starts_with_the_counter_not_before():
+    """The counter imports Triton, so that importing the operators must not import it."""
+    code = (
+        "import sys, torch, fla_swap.ops as ops\n"
+        "before = 'torch.utils.flop_counter' in sys.modules or 'triton' in sys.modules\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "with FlopCounterMode(display=False) as counter:\n"
+        "    ops.gla(*torch.randn(3, 1, 64, 2, 8))\n"
+        "print(before, counter.get_total_flops() == 64 * 2 * (4 * 8 * 8 + 64 * 16))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 @pytest.mark.slow
