@@ -11,11 +11,13 @@ import typer
 from fla_swap.bench.generation import generate_command
 from fla_swap.bench.operators import ops_command
 from fla_swap.bench.retention import retention_command
+from fla_swap.bench.serving import serve_bench_command
 
 bench = typer.Typer(no_args_is_help=True, help="Measure: operators against floor and peer, numerics against float64.")
 bench.command("ops")(ops_command)
 bench.command("retention")(retention_command)
 bench.command("generate")(generate_command)
+bench.command("serve")(serve_bench_command)
 
 
 @bench.command("numerics")
