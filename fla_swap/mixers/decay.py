@@ -16,7 +16,13 @@ from torch.nn import functional as F
 
 from fla_swap.errors import MixerError
 from fla_swap.kernels.decay.ops import gla, gla_step
-from fla_swap.kernels.decay.simple_ops import retention_decay, simple_gla, simple_gla_step
+from fla_swap.kernels.decay.simple_ops import (
+    retention,
+    retention_decay,
+    retention_step,
+    simple_gla,
+    simple_gla_step,
+)
 from fla_swap.mixers.base import wide
 from fla_swap.mixers.parts import Tokens, log_decay_of
 from fla_swap.mixers.recurrent import RecurrentConfig, RecurrentMixer
@@ -91,15 +97,19 @@ class DecayMixer(RecurrentMixer):
             if per_head:
                 return simple_gla_step(q, k, v, g, state=initial, scale=self.scale), None
             return gla_step(q, k, v, g, gv=gv, state=initial, scale=self.scale), None
-        options: dict[str, Any] = {
+        options = self.options(tokens, initial)
+        if per_head:
+            return simple_gla(q, k, v, g, **options)
+        return gla(q, k, v, g, gv=gv, **options)
+
+    def options(self, tokens: Tokens, initial: Tensor | None) -> dict[str, Any]:
+        """What every operator takes besides its tensors."""
+        return {
             "scale": self.scale,
             "initial_state": initial,
             "output_final_state": initial is not None,
             "cu_seqlens": tokens.cu_seqlens,
         }
-        if per_head:
-            return simple_gla(q, k, v, g, **options)
-        return gla(q, k, v, g, gv=gv, **options)
 
 
 DECAYS = ("spread", "retnet", "alibi")
@@ -156,6 +166,18 @@ class HeadDecayMixer(DecayMixer):
     def decay(self, x: Tensor) -> Tensor:
         """Log decay g [B, T, H] in fp32 or wider."""
         return -wide(self.log_rate).exp().expand(*x.shape[:2], self.heads)
+
+    def recur(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, initial: Tensor | None, *, decode: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if tokens.valid is not None or (tokens.starts is not None and tokens.cu_seqlens is None):
+            return super().recur(x, q, k, v, tokens, initial, decode=decode)
+        q, k = self.unit(q, k)
+        decay = -wide(self.log_rate).exp()
+        with torch.autocast(x.device.type, enabled=False):
+            if decode and initial is not None:
+                return retention_step(q, k, v, state=initial, decay=decay, scale=self.scale), None
+            return retention(q, k, v, decay=decay, **self.options(tokens, initial))
 
 
 def _unit(x: Tensor) -> Tensor:

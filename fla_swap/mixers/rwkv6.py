@@ -138,17 +138,7 @@ class RWKV6(DecayMixer):
         if decode and initial is not None:
             o, final = rwkv6_step(reads, k, v, g, self.bonus, state=initial, scale=self.scale), None
         else:
-            o, final = rwkv6(
-                reads,
-                k,
-                v,
-                g,
-                self.bonus,
-                scale=self.scale,
-                initial_state=initial,
-                output_final_state=initial is not None,
-                cu_seqlens=tokens.cu_seqlens,
-            )
+            o, final = rwkv6(reads, k, v, g, self.bonus, **self.options(tokens, initial))
         if first is not None:
             own = self.scale * (wide(q) * wide(k) * wide(self.bonus)).sum(-1, keepdim=True) * wide(v)
             o = torch.where(first, own.to(o.dtype), o)
