@@ -101,9 +101,12 @@ def segments(batch: int, time: int, cu_seqlens: Tensor | None) -> list[tuple[int
 
 
 def make_inputs(
-    gates: tuple[str, ...] = ("g",), *, states: bool = True
+    gates: tuple[str, ...] = ("g",), *, states: bool = True, per_head: bool = False
 ) -> Callable[[torch.device | str, torch.dtype, int, int, int, int], dict[str, Tensor]]:
-    """A maker of random `gla` arguments (B = 2, value width D) with these gates (or u), for numerics and tests."""
+    """A maker of random `gla` arguments (B = 2, value width D) with these gates (or u), for numerics and tests.
+
+    `per_head`: one gate for a head and step, [B,T,H].
+    """
 
     def make(device: torch.device | str, dtype: torch.dtype, T: int, H: int, D: int, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -112,8 +115,9 @@ def make_inputs(
             return torch.randn(*shape, generator=generator)
 
         values = {name: normal(2, T, H, D).to(dtype) for name in ("q", "k", "v")}
-        for name in set(gates) - {"u"}:
-            values[name] = (torch.nn.functional.logsigmoid(normal(2, T, H, D)) / 4).float()
+        for name in [name for name in gates if name != "u"]:
+            size = (2, T, H) if per_head else (2, T, H, D)
+            values[name] = (torch.nn.functional.logsigmoid(normal(*size)) / 4).float()
         if "u" in gates:
             values["u"] = normal(H, D).float()
         if states:
@@ -126,12 +130,25 @@ def make_inputs(
 def numerics_cases() -> tuple[dict[str, Any], ...]:
     """Build `NUMERICS_CASES` late: the public functions live in `ops`, which imports this file."""
     from fla_swap.kernels.decay.ops import gla
+    from fla_swap.kernels.decay.rwkv6 import rwkv6
+    from fla_swap.kernels.decay.simple_ops import linear_attention, retention, retention_decay, simple_gla
 
-    return (
-        {"name": "gla", "op": gla, "reference": gla_reference, "make": make_inputs(("g",)), "kwargs": {}},
-        {"name": "gla, gv", "op": gla, "reference": gla_reference, "make": make_inputs(("g", "gv")), "kwargs": {}},
-        {"name": "gla, no gate", "op": gla, "reference": gla_reference, "make": make_inputs(()), "kwargs": {}},
+    def per_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        return gla_reference(q, k, v, g.unsqueeze(-1).expand(*g.shape, q.shape[3]), **options)
+
+    def fixed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        return per_head(q, k, v, retention_decay(v.shape[2], q.device).to(v.dtype).expand(v.shape[:3]), **options)
+
+    cases = (
+        ("gla", gla, gla_reference, make_inputs(("g",))),
+        ("gla, gv", gla, gla_reference, make_inputs(("g", "gv"))),
+        ("gla, no gate", gla, gla_reference, make_inputs(())),
+        ("rwkv6", rwkv6, rwkv6_reference, make_inputs(("g", "u"))),
+        ("simple_gla", simple_gla, per_head, make_inputs(("g",), per_head=True)),
+        ("retention", retention, fixed, make_inputs(())),
+        ("linear_attention", linear_attention, gla_reference, make_inputs(())),
     )
+    return tuple({"name": n, "op": op, "reference": ref, "make": make, "kwargs": {}} for n, op, ref, make in cases)
 
 
 def __getattr__(name: str) -> Any:
