@@ -223,7 +223,10 @@ def _arrived(mixer: TokenMixer, name: str, weight: Tensor) -> None:
 
 
 def calibrated(kind: Kind) -> str:
-    """Fitted to data before training: no layer's error against its attention rises by 1%, some fall (worst shown)."""
+    """Fitted to data before training: no layer's error against its attention rises by 1%, some fall (worst shown).
+
+    None need fall where all start below 1e-4.
+    """
     if not kind.calibratable:
         raise NotApplicable("nothing to fit: it starts as the attention that it replaces, or has no gates")
     original, report, _, _ = softmax_model()
@@ -231,7 +234,8 @@ def calibrated(kind: Kind) -> str:
     fs.swap_(model, fs.plan(report, mixer=kind.name, keep=0))
     text = torch.randint(1, 50, (4, 64), generator=torch.Generator().manual_seed(0))
     layers = calibrate(model, text, CalibrationConfig())
-    assert all(layer.after <= 1.01 * layer.before for layer in layers) and any(layer.kept for layer in layers), layers
+    assert all(layer.after <= 1.01 * layer.before for layer in layers), layers
+    assert any(layer.kept for layer in layers) or all(layer.before < 1e-4 for layer in layers), layers
     worst = max(layers, key=lambda layer: layer.after)
     return f"{worst.before:.2f} → {worst.after:.2f}"
 
