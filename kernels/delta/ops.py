@@ -2,7 +2,8 @@
 
     S_t = (I − β_t k_t k_tᵀ) exp(g_t) S_{t−1} + β_t k_t v_tᵀ,    o_t = scale · S_tᵀ q_t
 
-Delta rule: Schlag et al. 2102.11174, chunked by Yang et al. 2406.06484; gated: Yang, Kautz, Hatamizadeh 2412.06464.
+Delta rule: Schlag et al. 2102.11174, chunked by Yang et al. 2406.06484; gated: Yang, Kautz, Hatamizadeh 2412.06464;
+with a gate per key channel: Kimi Linear 2510.26692. One op serves them all: g is absent, [B, T, HV] or [B, T, HV, K].
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fla_swap.errors import KernelError
-from fla_swap.kernels.common import check_cu_seqlens, check_shape, choose_implementation
+from fla_swap.kernels.common import choose_implementation
 from fla_swap.kernels.delta import torch_impl
+from fla_swap.kernels.delta.checks import check_inputs, check_runnable, check_sequences, check_state
 from fla_swap.kernels.delta.reference import gated_delta_rule_reference
-
-MAX_HEAD_DIM = 256  # of the Triton kernels
 
 
 def gated_delta_rule(
@@ -50,33 +49,9 @@ def gated_delta_rule(
     Raises:
         KernelError: wrong shapes, dtypes or devices, or an implementation that cannot run here.
     """
-    _check(q, k, v, g, beta)
-    check_cu_seqlens(cu_seqlens, q.shape[0], q.device)
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None:
-        check_shape("initial_state", initial_state, (sequences, v.shape[2], q.shape[3], v.shape[3]))
-        _check_device("initial_state", initial_state, q)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    _check_runnable(choose_implementation(implementation, q.device), q, v)
-    if implementation == "reference":
-        return gated_delta_rule_reference(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale=scale,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-            qk_l2norm=qk_l2norm,
-        )
-    tensors = [x for x in (q, k, v, g, beta, initial_state) if x is not None]
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    o, final, *_ = _forward_op(
-        q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, output_final_state, save, implementation
-    )
-    return o, final if output_final_state else None
+    check_inputs(q, k, v, g, beta)
+    options = scale, initial_state, output_final_state, cu_seqlens, qk_l2norm, implementation
+    return _sequences(q, k, v, g, beta, *options)
 
 
 def delta_rule(
@@ -124,25 +99,8 @@ def gated_delta_rule_step(
 
     Other arguments as in `gated_delta_rule`; no gradient. Returns o [B, T, HV, V] in v's dtype.
     """
-    _check(q, k, v, g, beta)
-    check_shape("state", state, (q.shape[0], v.shape[2], q.shape[3], v.shape[3]))
-    _check_device("state", state, q)
-    wanted = torch.promote_types(q.dtype, torch.float32)
-    if state.dtype != wanted:
-        raise KernelError(f"state must be {wanted}, got {state.dtype}; keep recurrent states in fp32")
-    if not state.is_contiguous():
-        raise KernelError("state must be contiguous, as it is updated in place")
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    chosen = choose_implementation(implementation, q.device)
-    if chosen == "reference":
-        o, final = gated_delta_rule_reference(
-            q, k, v, g, beta, scale=scale, initial_state=state, output_final_state=True, qk_l2norm=qk_l2norm
-        )
-        assert final is not None
-        state.copy_(final)
-        return o
-    _check_runnable(chosen, q, v)
-    return _step_op(q, k, v, g, beta, state, scale, qk_l2norm, implementation)
+    check_inputs(q, k, v, g, beta)
+    return _tokens(q, k, v, g, beta, state, scale, qk_l2norm, implementation)
 
 
 def delta_rule_step(
@@ -162,41 +120,107 @@ def delta_rule_step(
     )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> None:
-    check_shape("q", q, (None, None, None, None))
-    check_shape("v", v, (None, None, None, None))
-    batch, total, heads, width = q.shape
-    value_heads = v.shape[2]
-    check_shape("k", k, (batch, total, heads, width))
-    check_shape("v", v, (batch, total, None, None))
-    check_shape("beta", beta, (batch, total, value_heads))
-    if total == 0:
-        raise KernelError("q has no tokens (T = 0); skip the call instead")
-    if value_heads % heads:
-        raise KernelError(f"v must have a multiple of q's {heads} heads, got {value_heads}")
-    if not (q.dtype == k.dtype == v.dtype) or not q.dtype.is_floating_point:
-        raise KernelError(f"q, k, v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    for name, tensor in (("k", k), ("v", v), ("beta", beta)):
-        _check_device(name, tensor, q)
-    if g is not None:
-        check_shape("g", g, (batch, total, value_heads))
-        _check_device("g", g, q)
+def kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    qk_l2norm: bool = False,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Kimi delta attention (2510.26692): the gated delta rule with a decay per key channel.
+
+    S_t = (I − β_t k_t k_tᵀ) diag(exp g_t) S_{t−1} + β_t k_t v_tᵀ. g is [B, T, HV, K], natural log, ≤ 0; all else is as
+    in `gated_delta_rule`.
+    """
+    check_inputs(q, k, v, g, beta, channels=True)
+    options = scale, initial_state, output_final_state, cu_seqlens, qk_l2norm, implementation
+    return _sequences(q, k, v, g, beta, *options)
 
 
-def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.device != q.device:
-        raise KernelError(f"{name} must be on q's device {q.device}, got {tensor.device}")
+def kda_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    implementation: str | None = None,
+) -> Tensor:
+    """Decode for `kda`: as `gated_delta_rule_step`, with g [B, T, HV, K]."""
+    check_inputs(q, k, v, g, beta, channels=True)
+    return _tokens(q, k, v, g, beta, state, scale, qk_l2norm, implementation)
 
 
-def _check_runnable(implementation: str, q: Tensor, v: Tensor) -> None:
-    if implementation != "triton":
-        return
-    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
-        raise KernelError(
-            f"the Triton delta rule takes head dims up to {MAX_HEAD_DIM}, got K {q.shape[3]}, V {v.shape[3]}"
+def _sequences(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    qk_l2norm: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    check_sequences(q, v, initial_state, cu_seqlens)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    check_runnable(choose_implementation(implementation, q.device), q, v)
+    if implementation == "reference":
+        return gated_delta_rule_reference(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            qk_l2norm=qk_l2norm,
         )
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise KernelError(f"the Triton delta rule takes fp32, bf16 or fp16, got {q.dtype}; use implementation='torch'")
+    tensors = [x for x in (q, k, v, g, beta, initial_state) if x is not None]
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    o, final, *_ = _forward_op(
+        q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, output_final_state, save, implementation
+    )
+    return o, final if output_final_state else None
+
+
+def _tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor,
+    scale: float | None,
+    qk_l2norm: bool,
+    implementation: str | None,
+) -> Tensor:
+    check_state(q, v, state)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    chosen = choose_implementation(implementation, q.device)
+    if chosen == "reference":
+        o, final = gated_delta_rule_reference(
+            q, k, v, g, beta, scale=scale, initial_state=state, output_final_state=True, qk_l2norm=qk_l2norm
+        )
+        assert final is not None
+        state.copy_(final)
+        return o
+    check_runnable(chosen, q, v)
+    return _step_op(q, k, v, g, beta, state, scale, qk_l2norm, implementation)
 
 
 @torch.library.custom_op("fla_swap::gated_delta_rule_fwd", mutates_args=())
@@ -213,26 +237,22 @@ def _forward_op(
     output_final_state: bool,
     save: bool,
     implementation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, final state, inverse, chunk-start states, v_new); what was not asked for, or is recomputed, is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, final state, and what backward needs); what was not asked for is empty.
+
+    Backward needs (inverse, chunk-start states, v_new, nothing) in PyTorch, `triton_impl.Kept` in Triton.
+    """
     inputs = (q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm)
     with torch.autocast(q.device.type, enabled=False):
         if choose_implementation(implementation, q.device) == "triton":
             from fla_swap.kernels.delta import triton_impl
 
-            o, final, inverse = triton_impl.forward(*inputs)
-            states = v_new = inverse
-            keep_states = False
+            o, final, kept = triton_impl.forward(*inputs, output_final_state, save)
         else:
-            o, final, inverse, states, v_new = torch_impl.forward(*inputs)
-            keep_states = save
-    return (
-        o,
-        final if output_final_state else _nothing(final),
-        inverse if save else _nothing(final),
-        states if keep_states else _nothing(final),
-        v_new if keep_states else _nothing(final),
-    )
+            o, final, *kept = torch_impl.forward(*inputs)
+            kept = (*kept, _nothing(final))
+    inverse, states, v_new, rows = kept if save else (_nothing(final) for _ in kept)
+    return o, final if output_final_state else _nothing(final), inverse, states, v_new, rows
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -247,12 +267,16 @@ def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, output_fina
     chunks, length = torch_impl.chunk_count(total, sequences), torch_impl.CHUNK
     dtype = torch.promote_types(q.dtype, torch.float32)
     final = q.new_empty(batch if sequences is None else sequences, heads, width, value_width, dtype=dtype)
-    rows = chunks * batch * heads * length  # 2-D, so that a single chunk is not a size-1 dimension to guard on
-    states, v_new = final.new_empty(0), final.new_empty(0)
-    if choose_implementation(implementation, q.device) != "triton":
+    count = chunks * batch * heads * length  # 2-D, so that a single chunk is not a size-1 dimension to guard on
+    inverse, rows = final.new_empty(count, length), final.new_empty(0)
+    if choose_implementation(implementation, q.device) == "triton":
+        states, v_new = q.new_empty(count, length), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        if g is None or g.ndim == 3:
+            rows = final.new_empty(3 * count)
+    else:
         states = final.new_empty(chunks + 1, batch, heads, width, value_width)
-        v_new = final.new_empty(rows, value_width)
-    kept = (final.new_empty(rows, length), states, v_new)
+        v_new = final.new_empty(count, value_width)
+    kept = (inverse, states, v_new, rows)
     if not save:
         kept = tuple(final.new_empty(0) for _ in kept)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -271,6 +295,7 @@ def _backward_op(
     inverse: Tensor,
     states: Tensor,
     v_new: Tensor,
+    rows: Tensor,
     d_o: Tensor,
     d_final: Tensor | None,
     scale: float,
@@ -280,12 +305,14 @@ def _backward_op(
     """Gradients of q, k, v, g, beta, initial_state; empty for those that are None."""
     inputs = (q, k, v, g, beta, initial_state, cu_seqlens)
     if not inverse.numel():  # a graph exported for inference is being trained: nothing was saved
-        _, _, inverse, states, v_new = _forward_op(*inputs, scale, qk_l2norm, False, True, implementation)
+        _, _, inverse, states, v_new, rows = _forward_op(*inputs, scale, qk_l2norm, False, True, implementation)
     with torch.autocast(q.device.type, enabled=False):
         if choose_implementation(implementation, q.device) == "triton":
             from fla_swap.kernels.delta import triton_impl
 
-            grads = triton_impl.backward(*inputs, inverse, d_o, d_final, scale, qk_l2norm)
+            grads = triton_impl.backward(
+                *inputs, triton_impl.Kept(inverse, states, v_new, rows), d_o, d_final, scale, qk_l2norm
+            )
         else:
             grads = torch_impl.backward(*inputs, inverse, states, v_new, d_o, d_final, scale, qk_l2norm)
     d_q, d_k, d_v, d_g, d_beta, d_initial = grads

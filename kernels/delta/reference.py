@@ -72,7 +72,7 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state
     decays = beta.new_ones(beta.shape) if g is None else g.exp()
     steps = zip(*(x.unbind(1) for x in (q, k, v, decays, beta)), strict=True)
     for q_t, k_t, v_t, decay, beta_t in steps:
-        state = state * decay[..., None, None]
+        state = state * (decay[..., None] if decay.ndim == 3 else decay[..., None, None])
         wrong = v_t - torch.einsum("bhk,bhkv->bhv", k_t, state)
         state = state + torch.einsum("bhk,bhv->bhkv", k_t, beta_t[..., None] * wrong)
         rows.append(torch.einsum("bhk,bhkv->bhv", q_t, state))

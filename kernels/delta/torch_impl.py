@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fla_swap.kernels.common import chunk_bound, chunk_table
+from fla_swap.kernels.delta.torch_pairs import ChannelPairs, HeadPairs, channel_pairs, head_pairs
 
 CHUNK = 64
 NORM_EPS = 1e-6
@@ -92,7 +93,7 @@ class Chunks:
     """What forward and backward both need of each chunk. Row vectors are [X, L, 1].
 
     q (times scale) and k are normalised if asked; `q_norm`, `k_norm` hold 1/‖·‖. growth = e^G, rest = e^(G_last − G),
-    total = e^G_last [X, 1, 1], decay_ij = e^(G_i − G_j) for i ≥ j and 0 above [X, L, L].
+    total = e^G_last [X, 1, 1]; per key channel [X, L, K] and [X, K, 1]. `pairs`: the decay between rows.
     """
 
     q: Tensor
@@ -104,7 +105,7 @@ class Chunks:
     growth: Tensor
     rest: Tensor
     total: Tensor
-    decay: Tensor
+    pairs: HeadPairs | ChannelPairs
 
     @property
     def k_beta(self) -> Tensor:
@@ -141,9 +142,11 @@ def make_chunks(
     q_n, q_norm = _normalised(split(q, packing, dtype, group), qk_l2norm)
     k_n, k_norm = _normalised(split(k, packing, dtype, group), qk_l2norm)
     beta_x = split(beta.unsqueeze(-1), packing, dtype)
-    gates = torch.zeros_like(beta_x) if g is None else split(g.unsqueeze(-1), packing, dtype).cumsum(1)
-    last = gates[:, -1:]
-    above = torch.full((CHUNK, CHUNK), float("-inf"), dtype=dtype, device=q.device).triu_(1)
+    if g is not None and g.ndim == 4:
+        pairs, growth, rest, whole = channel_pairs(split(g, packing, dtype))
+    else:
+        gates = torch.zeros_like(beta_x) if g is None else split(g.unsqueeze(-1), packing, dtype)
+        pairs, growth, rest, whole = head_pairs(gates)
     return Chunks(
         q=q_n * scale,
         k=k_n,
@@ -151,10 +154,10 @@ def make_chunks(
         beta=beta_x,
         q_norm=q_norm,
         k_norm=k_norm,
-        growth=gates.exp(),
-        rest=(last - gates).exp_(),
-        total=last.exp(),
-        decay=(gates - gates.mT).add_(above).exp_(),
+        growth=growth,
+        rest=rest,
+        total=whole,
+        pairs=pairs,
     )
 
 
@@ -173,14 +176,14 @@ def forward(
     packing = None if cu_seqlens is None else make_packing(cu_seqlens, q.shape[1])
     batch, heads, width, value_width = v.shape[0], v.shape[2], q.shape[3], v.shape[3]
     x = make_chunks(q, k, v, g, beta, packing, scale, qk_l2norm)
-    inverse = _inverse(torch.bmm(x.k, x.k.mT).mul_(x.decay).mul_(x.beta))
+    inverse = _inverse(x.pairs.products(x.k, x.k).mul_(x.beta))
     v_new = torch.bmm(inverse, x.v * x.beta)
     sequences = batch if packing is None else packing.sequences
     begin = inverse.new_zeros(sequences, heads, width, value_width)
     if initial_state is not None:
         begin.copy_(initial_state)
     states, final = _walk(torch.bmm(inverse, x.k_beta), v_new, x, begin, packing)
-    scores = torch.bmm(x.q, x.k.mT).mul_(x.decay)
+    scores = x.pairs.products(x.q, x.k)
     o = torch.bmm(scores, v_new).baddbmm_(x.q_in, states[:-1].view(-1, width, value_width))
     return join(o, packing, v), final, inverse.view(-1, CHUNK), states, v_new.view(-1, value_width)
 
@@ -262,8 +265,8 @@ def backward(
     inverse, v_new = inverse.view(-1, CHUNK, CHUNK), v_new.view(-1, CHUNK, value_width)
     starts = states[:-1].reshape(-1, width, value_width)
     do = split(d_o, packing, x.q.dtype)
-    scores = torch.bmm(x.q, x.k.mT).mul_(x.decay)
-    overlap = torch.bmm(x.k, x.k.mT).mul_(x.decay)
+    scores = x.pairs.products(x.q, x.k)
+    overlap = x.pairs.products(x.k, x.k)
 
     d_v_new = torch.bmm(scores.mT, do)
     end = torch.zeros_like(states[0]) if packing is None else states.new_zeros(packing.sequences, *states.shape[2:])
@@ -278,26 +281,15 @@ def backward(
     d_k_beta = torch.bmm(d_u, starts.mT).neg_()
     d_k_out = torch.bmm(v_new, d_states.mT)
 
-    # e^(G_i − G_j) appears off the diagonal of the scores and of the triangular matrix
-    d_pair = (d_scores * scores).tril_(-1).add_((d_lower * overlap).mul_(x.beta))
     d_beta = (d_lower * overlap).sum(-1, keepdim=True)
-    d_beta += (d_u * x.v).sum(-1, keepdim=True) + (d_k_beta * x.k).sum(-1, keepdim=True) * x.growth
-    d_qk = d_scores.mul_(x.decay)
-    d_kk = d_lower.mul_(x.decay).mul_(x.beta)
-    d_q = torch.baddbmm(d_q_in * x.growth, d_qk, x.k)
-    d_k = (d_k_beta * (x.beta * x.growth)).add_(d_k_out * x.rest)
-    d_k = d_k.baddbmm_(d_qk.mT, x.q).baddbmm_(d_kk + d_kk.mT, x.k)
-
+    d_beta += (d_u * x.v).sum(-1, keepdim=True) + (d_k_beta * x.growth).mul_(x.k).sum(-1, keepdim=True)
+    start = d_q_in.mul_(x.growth), d_k_beta.mul_(x.growth).mul_(x.beta)
+    d_q, d_k, d_gates = _gathered(x, d_scores, d_lower.mul_(x.beta), scores, overlap, *start, d_k_out.mul_(x.rest))
     d_g = None
     if g is not None:
-        ahead = (d_q_in * x.q_in).add_(d_k_beta * x.k_beta).sum(-1, keepdim=True)
-        ahead += d_pair.sum(2, keepdim=True) - d_pair.sum(1).unsqueeze(-1)
-        behind = (d_k_out * x.k_out).sum(-1, keepdim=True)
-        through = (starts * d_states).sum((1, 2), keepdim=True) * x.total
-        d_gates = ahead.flip(1).cumsum(1).flip(1)
-        d_gates += through
-        d_gates[:, 1:] += behind[:, :-1].cumsum(1)
-        d_g = join(d_gates, packing, g.unsqueeze(-1)).squeeze(-1)
+        dims = 2 if g.ndim == 4 else (1, 2)
+        d_gates += ((starts * d_states).sum(dims).view(-1, x.total.shape[1], 1) * x.total).mT
+        d_g = join(d_gates, packing, g if g.ndim == 4 else g.unsqueeze(-1)).view(g.shape)
     d_q = _normalised_backward(d_q.mul_(scale), x.q, x.q_norm, scale)
     d_k = _normalised_backward(d_k, x.k, x.k_norm, 1.0)
     return (
@@ -308,6 +300,44 @@ def backward(
         join(d_beta, packing, beta.unsqueeze(-1)).squeeze(-1),
         None if initial_state is None else d_begin.to(initial_state.dtype),
     )
+
+
+def _gathered(
+    x: Chunks,
+    d_scores: Tensor,
+    d_lower: Tensor,
+    scores: Tensor,
+    overlap: Tensor,
+    from_q: Tensor,
+    from_k: Tensor,
+    from_end: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and the gates ([X, L, 1] or [X, L, K]; without the part through the chunk's whole decay).
+
+    d_scores, d_lower: of the two products of pairs, whose values are `scores` and `overlap`. from_q, from_k, from_end:
+    what q and k receive through the state at the chunk's start and at its end.
+    """
+    if isinstance(x.pairs, HeadPairs):
+        # e^(G_i − G_j) appears off the diagonal of the scores and of the triangular matrix
+        d_pair = (d_scores * scores).tril_(-1).add_(d_lower * overlap)
+        ahead = (from_q * x.q).add_(from_k * x.k).sum(-1, keepdim=True)
+        ahead += d_pair.sum(2, keepdim=True) - d_pair.sum(1).unsqueeze(-1)
+        behind = (from_end * x.k).sum(-1, keepdim=True)
+        d_qk, d_kk = d_scores.mul_(x.pairs.decay), d_lower.mul_(x.pairs.decay)
+        d_q = from_q.baddbmm_(d_qk, x.k)
+        d_k = from_k.add_(from_end).baddbmm_(d_qk.mT, x.q).baddbmm_(d_kk + d_kk.mT, x.k)
+    else:
+        rows_q, columns = x.pairs.apply(d_scores, x.q, x.k)
+        rows_k, more = x.pairs.apply(d_lower, x.k, x.k)
+        columns += more
+        ahead = (from_q + rows_q).mul_(x.q).add_((from_k + rows_k).sub_(columns).mul_(x.k))
+        behind = from_end * x.k
+        diagonal = d_scores.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+        d_q = from_q.add_(rows_q).addcmul_(diagonal, x.k)
+        d_k = from_k.add_(from_end).add_(rows_k).add_(columns).addcmul_(diagonal, x.q)
+    d_gates = ahead.flip(1).cumsum(1).flip(1)
+    d_gates[:, 1:] += behind[:, :-1].cumsum(1)
+    return d_q, d_k, d_gates
 
 
 def _normalised_backward(grad: Tensor, scaled: Tensor, norm: Tensor | None, scale: float) -> Tensor:
@@ -363,7 +393,8 @@ def step(
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for t in range(q.shape[1]):
         if g is not None:
-            state.mul_(g[:, t, :, None, None].to(dtype).exp())
+            decay = g[:, t].to(dtype).exp().unsqueeze(-1)
+            state.mul_(decay if g.ndim == 4 else decay.unsqueeze(-1))
         key = k_n[:, t].unsqueeze(-1)
         error = v[:, t].to(dtype).unsqueeze(-2) - key.mT @ state
         state.addcmul_(key, error * beta[:, t, :, None, None].to(dtype))

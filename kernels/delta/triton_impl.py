@@ -1,6 +1,6 @@
-"""Triton for the gated delta rule: what each kernel gets, forward, backward and decode. Imported only when chosen.
+"""Triton for the delta family: what each kernel gets, forward, backward and decode. Imported only when chosen.
 
-Backward recomputes gates, w, u, the chunk-start states and v_new; forward keeps the inverses alone.
+Forward keeps the inverses, the scores and v_new; backward recomputes the states at the chunks' starts.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from fla_swap.kernels.common import chunk_table, triton_interpreted
+from fla_swap.kernels.delta import triton_channels as channels
+from fla_swap.kernels.delta import triton_gradients as gradients
 from fla_swap.kernels.delta import triton_kernels as kernels
 from fla_swap.kernels.delta.torch_impl import CHUNK, chunk_count
 from fla_swap.kernels.delta.triton_step import step_kernel
 
-TILE = 64
 Launch = Callable[..., None]
 
 
@@ -32,87 +33,116 @@ def launch_now(kernel: Any, grid: tuple[int, int], num_warps: int, num_stages: i
         kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
 
 
+def has_large_memory(device: torch.device) -> bool:
+    """Whether a block of this GPU may use 200 KiB of shared memory."""
+    if device.type != "cuda":
+        return False
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 200 << 10
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """Shapes, tables and launch settings of one call.
 
-    chunks [C, 2] int64: first row in [B·T, …] and number of rows of each slot; a sequence's slots are neighbours.
-    sequences [N, 2] int64: first slot and number of slots. slots = C · HV. packed: some rows may belong to no chunk.
+    chunks [C, 2] int64: first row in [B·T, …] and number of rows of each slot; sequences [N, 2] int64: first slot and
+    number of slots. Both are read for packed sequences only. gate: 0 none, 1 per head, 2 per channel.
     """
 
+    tokens: int
     heads: int
     value_heads: int
     width: int
     value_width: int
+    count: int
+    sequence_count: int
     chunks: Tensor
     sequences: Tensor
     dtype: torch.dtype
     packed: bool
+    gate: int
+    large: bool
+    amd: bool
     launch: Launch
 
     @property
     def slots(self) -> int:
-        return self.chunks.shape[0] * self.value_heads
+        return self.count * self.value_heads
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return {"H": self.heads, "HV": self.value_heads, "K": self.width, "V": self.value_width}
+    def key_tile(self) -> int:
+        return max(64, triton.next_power_of_2(self.width))
+
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """(tile of V in the walks, tiles of K and V in the gradients). Whole heads where they fit."""
+        if self.dtype == torch.float32 or self.width > 128 or not self.large:
+            return 64, 64, 64
+        value_tile = min(128, max(64, triton.next_power_of_2(self.value_width)))
+        return value_tile, self.key_tile, value_tile
 
     @property
     def precision(self) -> str:
-        """Of products with an fp32 side: exact for fp32 inputs, tf32 for narrower ones."""
-        if self.dtype == torch.float32:
-            return "ieee"
-        return "interpreted" if triton_interpreted() and self.chunks.device.type == "cpu" else "tf32"
+        """Of products with an fp32 side: as exact as fp32 for fp32 inputs, tf32 for narrower ones."""
+        if triton_interpreted() and self.chunks.device.type == "cpu":
+            return "interpreted"
+        return self.exact if self.dtype == torch.float32 else "tf32"
 
     @property
-    def step(self) -> int:
-        """Inner elements of a product at a time: exact ones run without tensor cores and hold them in registers."""
-        return 16 if self.dtype == torch.float32 else TILE
+    def exact(self) -> str:
+        return "ieee" if self.amd or (triton_interpreted() and self.chunks.device.type == "cpu") else "tf32x3"
+
+    @property
+    def common(self) -> dict[str, Any]:
+        sizes = {"T": self.tokens, "H": self.heads, "HV": self.value_heads, "K": self.width}
+        return sizes | {"chunks": self.chunks, "PACKED": self.packed, "PRECISION": self.precision}
+
+    def masked(self, *pairs: tuple[int, int]) -> bool:
+        """Whether chunks can be short, or a (width, tile) of `pairs` does not divide."""
+        return self.packed or self.tokens % CHUNK != 0 or any(width % size for width, size in pairs)
 
     def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.chunks.device)
 
-    def run(self, kernel: Any, programs: int, columns: int = 1, **arguments: Any) -> None:
-        """Launch with one program per `programs` and tile of `columns`; one stage fits every chip's shared memory.
+    def new(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A contiguous result of the tokens; zeros where no chunk may write."""
+        make = torch.zeros if self.packed else torch.empty
+        return make(shape, dtype=dtype, device=self.chunks.device)
 
-        Eight warps where a program holds many fp32 numbers: exact fp32 products, states of more than 128 keys.
-        """
-        exact = self.dtype == torch.float32 or kernel is kernels.inverse_kernel
-        warps = 8 if exact or self.width > 128 else 4
-        self.launch(kernel, (programs, _tiles(columns)), warps, 1, **arguments)
+    def run(
+        self, kernel: Any, programs: int, *, columns: int = 1, warps: int = 4, stages: int = 1, **given: Any
+    ) -> None:
+        """Launch with `programs` × `columns` programs, the arguments in `common` where the kernel has them."""
+        arguments = {name: value for name, value in self.common.items() if name in kernel.arg_names} | given
+        self.launch(kernel, (programs, columns), warps, stages, **arguments)
 
 
-def _tiles(columns: int) -> int:
-    return (columns + TILE - 1) // TILE
-
-
-def _problem(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, launch: Launch) -> Problem:
+def _problem(
+    q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, launch: Launch, **target: bool
+) -> Problem:
     batch, total, heads, width = q.shape
     if cu_seqlens is None:
-        chunks, sequences = _regular_tables(batch, total, q.device)
+        count, sequence_count = batch * chunk_count(total, None), batch
+        chunks = sequences = torch.empty(0, dtype=torch.int64, device=q.device)
     else:
         chunks, sequences = _packed_tables(cu_seqlens, total)
+        count, sequence_count = chunks.shape[0], sequences.shape[0]
     return Problem(
+        tokens=total,
         heads=heads,
         value_heads=v.shape[2],
         width=width,
         value_width=v.shape[3],
+        count=count,
+        sequence_count=sequence_count,
         chunks=chunks,
         sequences=sequences,
         dtype=q.dtype,
         packed=cu_seqlens is not None,
+        gate=0 if g is None else g.ndim - 2,
+        large=target.get("large", has_large_memory(q.device)),
+        amd=target.get("amd", torch.version.hip is not None),
         launch=launch,
     )
-
-
-def _regular_tables(batch: int, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    count = chunk_count(total, None)
-    start = torch.arange(count, device=device) * CHUNK
-    first = start + torch.arange(batch, device=device)[:, None] * total
-    rows = (total - start).clamp(max=CHUNK).expand(batch, count)
-    begin = torch.arange(batch, device=device) * count
-    return torch.stack((first, rows), -1).view(-1, 2), torch.stack((begin, torch.full_like(begin, count)), -1)
 
 
 def _packed_tables(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -126,6 +156,122 @@ def _packed_tables(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return chunks, torch.stack((counts.cumsum(0) - counts, counts), -1)
 
 
+class Kept(NamedTuple):
+    """What backward needs: T [slots·64, 64] fp32, scores [slots·64, 64], v_new like v, rows [3·slots·64] fp32.
+
+    `rows` are the summed gates, 1/‖q‖ and 1/‖k‖ of each slot; channel gates are summed again instead.
+    """
+
+    inverse: Tensor
+    scores: Tensor
+    v_new: Tensor
+    rows: Tensor
+
+
+class Keys(NamedTuple):
+    """q and k as the walks take them, with what stands beside them; see `triton_kernels.py`."""
+
+    q: Tensor
+    k: Tensor
+    k_out: Tensor
+    gates: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+    normalise: bool
+    summed: Tensor
+    norms: tuple[Tensor, Tensor]
+
+
+def _walk_arguments(keys: Keys, p: Problem) -> dict[str, Any]:
+    arguments = {"q": keys.q, "k": keys.k, "k_out": keys.k_out, "gates": keys.gates}
+    arguments |= {"q_norm": keys.q_norm, "k_norm": keys.k_norm, "NORMALISE": keys.normalise}
+    return arguments | {"sequences": p.sequences, "V": p.value_width, "BK": p.key_tile, "GATE": p.gate}
+
+
+def _head_keys(p: Problem, q: Tensor, k: Tensor, rows: Tensor, qk_l2norm: bool) -> Keys:
+    gates, q_norm, k_norm = rows.view(3, -1)
+    return Keys(q, k, k, gates, q_norm, k_norm, qk_l2norm, gates, (q_norm, k_norm))
+
+
+def _channel_keys(p: Problem, q: Tensor, k: Tensor, g: Tensor, scale: float, qk_l2norm: bool) -> Keys:
+    q_norm, k_norm = (_norm(p, x) for x in (q, k)) if qk_l2norm else (q, k)
+    shape = p.slots, CHUNK, p.width
+    q_in, k_in, k_out = (p.scratch(*shape) for _ in range(3))
+    summed, whole = p.scratch(*shape, dtype=torch.float32), p.scratch(p.slots, p.width, dtype=torch.float32)
+    p.run(
+        channels.channel_decay_kernel,
+        p.slots,
+        columns=triton.cdiv(p.width, 64),
+        q=q,
+        k=k,
+        g=g,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        summed=summed,
+        q_in=q_in,
+        k_in=k_in,
+        k_out=k_out,
+        whole=whole,
+        scale=scale,
+        BK=64,
+        NORMALISE=qk_l2norm,
+    )
+    return Keys(q_in, k_in, k_out, whole, whole, whole, False, summed, (q_norm, k_norm))
+
+
+def _norm(p: Problem, x: Tensor) -> Tensor:
+    norm = p.scratch(*x.shape[:3], dtype=torch.float32)
+    _run_rows(p, gradients.norm_kernel, x=x, norm=norm)
+    return norm
+
+
+def _run_rows(p: Problem, kernel: Any, *, x: Tensor, **arguments: Tensor) -> None:
+    count, rows = x.numel() // x.shape[-1], 16
+    block = triton.next_power_of_2(x.shape[-1])
+    p.run(kernel, triton.cdiv(count, rows), x=x, **arguments, count=count, BK=block, ROWS=rows)
+
+
+def _prepare(
+    p: Problem, q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, scale: float, qk_l2norm: bool, kept: Kept
+) -> Keys:
+    """Fill T, the scores and the rows of `kept`."""
+    shared = {"beta": beta, "inverse": kept.inverse, "pair": kept.scores, "scale": scale, "NORMALISE": qk_l2norm}
+    if g is not None and p.gate == 2:
+        keys = _channel_keys(p, q, k, g, scale, qk_l2norm)
+        p.run(
+            channels.channel_pairs_kernel,
+            p.slots,
+            q=q,
+            k=k,
+            q_norm=keys.norms[0],
+            k_norm=keys.norms[1],
+            summed=keys.summed,
+            BK=64,
+            MASK=p.masked((p.width, 64)),
+            EXACT=p.exact,
+            **shared,
+        )
+        return keys
+    keys = _head_keys(p, q, k, kept.rows, qk_l2norm)
+    step = 128 if p.width > 64 and p.large and p.dtype != torch.float32 else 64
+    p.run(
+        kernels.prepare_kernel,
+        p.slots,
+        q=q,
+        k=k,
+        g=beta if g is None else g,
+        gates=keys.gates,
+        q_norm=keys.q_norm,
+        k_norm=keys.k_norm,
+        STEP=step,
+        GATE=p.gate,
+        MASK=p.masked((p.width, step)),
+        EXACT=p.exact,
+        **shared,
+    )
+    return keys
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -136,136 +282,70 @@ def forward(
     cu_seqlens: Tensor | None,
     scale: float,
     qk_l2norm: bool,
+    output_final_state: bool,
+    save: bool,
     launch: Launch = launch_now,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (o, final state [N, HV, K, V], inverse [C · HV · 64, 64])."""
+    **target: bool,
+) -> tuple[Tensor, Tensor, Kept]:
+    """Return (o, final state [N, HV, K, V], what backward needs). Unasked for, the last two are not filled."""
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
-    p = _problem(q, v, cu_seqlens, launch)
-    norms = _norms(p, q, k, qk_l2norm)
-    gates = _gates(p, g)
-    inverse = p.scratch(p.slots * CHUNK, CHUNK, dtype=torch.float32)
-    if p.packed:
-        inverse.zero_()  # an output of the op: slots without a chunk must not hold what was in memory
+    g = None if g is None else g.contiguous()
+    p = _problem(q, v, g, cu_seqlens, launch, **target)
+    make = torch.zeros if p.packed else torch.empty  # outputs of the op: slots without a chunk must not hold rubbish
+    kept = Kept(
+        inverse=make(p.slots * CHUNK, CHUNK, dtype=torch.float32, device=q.device),
+        scores=make(p.slots * CHUNK, CHUNK, dtype=p.dtype, device=q.device),
+        v_new=p.new(v.shape, v.dtype) if save else v,
+        rows=torch.zeros(0 if p.gate == 2 else 3 * p.slots * CHUNK, dtype=torch.float32, device=q.device),
+    )
+    keys = _prepare(p, q, k, g, beta, scale, qk_l2norm, kept)
+    o, tile = p.new(v.shape, v.dtype), p.tiles[0]
+    shape = (p.sequence_count, p.value_heads, p.width, p.value_width) if output_final_state else (0,)
+    final = p.scratch(*shape, dtype=torch.float32)
     p.run(
-        kernels.inverse_kernel,
-        p.slots,
-        k=k,
-        k_norm=norms["k_norm"],
+        kernels.forward_kernel,
+        p.sequence_count * p.value_heads * triton.cdiv(p.value_width, tile),
+        warps=8 if tile == 128 else 4,
+        v=v,
         beta=beta,
-        gates=gates,
-        inverse=inverse,
-        chunks=p.chunks,
-        H=p.heads,
-        HV=p.value_heads,
-        K=p.width,
-        NORMALISE=qk_l2norm,
-        PRECISION=p.precision,
-    )
-    _, states, v_new, final = _states(p, k, norms, v, beta, gates, inverse, initial_state)
-    o = torch.zeros_like(v) if p.packed else torch.empty_like(v)
-    p.run(
-        kernels.output_kernel,
-        p.slots,
-        p.value_width,
-        q=q,
-        k=k,
-        v_new=v_new,
-        states=states,
-        gates=gates,
+        inverse=kept.inverse,
+        pair=kept.scores,
+        initial=kept.inverse if initial_state is None else initial_state.contiguous(),
         o=o,
-        chunks=p.chunks,
+        v_new=kept.v_new,
+        final=final,
         scale=scale,
-        STEP=p.step,
-        PRECISION=p.precision,
-        **norms,
-        **p.sizes,
+        BV=tile,
+        HAS_INITIAL=initial_state is not None,
+        SAVE=save,
+        FINAL=output_final_state,
+        MASK=p.masked((p.width, p.key_tile), (p.value_width, tile)),
+        STAGES=1,
+        **_walk_arguments(keys, p),
     )
-    return o, final, inverse
+    return o, final, kept
 
 
-def _norms(p: Problem, q: Tensor, k: Tensor, wanted: bool) -> dict[str, Any]:
-    """1/‖q‖ and 1/‖k‖ of each row, [B, T, H] fp32, as the kernels take them (stand-ins when nothing is normalised)."""
-    if not wanted:
-        return {"q_norm": q, "k_norm": k, "NORMALISE": False}
-    norms = p.scratch(*q.shape[:3], dtype=torch.float32), p.scratch(*k.shape[:3], dtype=torch.float32)
-    for x, norm in zip((q, k), norms, strict=True):
-        _run_rows(p, kernels.norm_kernel, x=x, norm=norm)
-    return {"q_norm": norms[0], "k_norm": norms[1], "NORMALISE": True}
-
-
-def _run_rows(p: Problem, kernel: Any, *, x: Tensor, **arguments: Tensor) -> None:
-    count, rows = x.numel() // x.shape[-1], 16
-    block = triton.next_power_of_2(x.shape[-1])
-    programs = (count + rows - 1) // rows
-    p.launch(kernel, (programs, 1), 4, 1, x=x, **arguments, count=count, K=x.shape[-1], BK=block, ROWS=rows)
-
-
-def _gates(p: Problem, g: Tensor | None) -> Tensor:
-    """Gates summed inside each chunk, [C, HV, 64] fp32."""
-    gates = p.scratch(p.slots, CHUNK, dtype=torch.float32)
-    if g is None:
-        return gates.zero_()
-    g = g.contiguous()
-    p.run(kernels.gates_kernel, p.slots, g=g, gates=gates, chunks=p.chunks, HV=p.value_heads)
-    return gates
-
-
-def _states(
-    p: Problem,
-    k: Tensor,
-    norms: dict[str, Any],
-    v: Tensor,
-    beta: Tensor,
-    gates: Tensor,
-    inverse: Tensor,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(w, chunk-start states, v_new, final states)."""
-    u = p.scratch(p.slots, CHUNK, p.value_width, dtype=torch.float32)
-    w = p.scratch(p.slots, CHUNK, p.width, dtype=torch.float32)
-    key_norm = {"k_norm": norms["k_norm"], "NORMALISE": norms["NORMALISE"]}
-    for x, out, grow in ((v, u, False), (k, w, True)):
-        p.run(
-            kernels.apply_kernel,
-            p.slots,
-            x.shape[3],
-            x=x,
-            beta=beta,
-            gates=gates,
-            inverse=inverse,
-            out=out,
-            chunks=p.chunks,
-            HX=x.shape[2],
-            HV=p.value_heads,
-            D=x.shape[3],
-            GROW=grow,
-            PRECISION=p.precision,
-            **key_norm,
-        )
-    programs = p.sequences.shape[0] * p.value_heads
-    states = p.scratch(p.slots, p.width, p.value_width)
-    final = p.scratch(p.sequences.shape[0], p.value_heads, p.width, p.value_width, dtype=torch.float32)
-    v_new = p.scratch(p.slots, CHUNK, p.value_width)
+def _states(p: Problem, keys: Keys, v_new: Tensor, initial_state: Tensor | None) -> Tensor:
+    """The states at the chunks' starts, [slots, V, K]."""
+    states = p.scratch(p.slots, p.value_width, p.width)
+    columns, parts = triton.cdiv(p.value_width, 64), triton.cdiv(p.width, 64)
+    arguments = _walk_arguments(keys, p) | {"k": keys.k_out, "BK": 64}
+    del arguments["q"], arguments["k_out"]
     p.run(
         kernels.state_kernel,
-        programs,
-        p.value_width,
-        w=w,
-        u=u,
-        k=k,
-        gates=gates,
-        initial=final if initial_state is None else initial_state.contiguous(),
-        states=states,
+        p.sequence_count * p.value_heads * columns * parts,
+        stages=2 if p.large else 1,
         v_new=v_new,
-        final=final,
-        chunks=p.chunks,
-        sequences=p.sequences,
+        initial=v_new if initial_state is None else initial_state.contiguous(),
+        states=states,
+        BV=64,
         HAS_INITIAL=initial_state is not None,
-        PRECISION=p.precision,
-        **key_norm,
-        **p.sizes,
+        MASK=p.masked((p.width, 64), (p.value_width, 64)),
+        STAGES=2 if p.large else 1,
+        **arguments,
     )
-    return w, states, v_new, final
+    return states
 
 
 def backward(
@@ -276,85 +356,59 @@ def backward(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    inverse: Tensor,
+    kept: Kept,
     d_o: Tensor,
     d_final: Tensor | None,
     scale: float,
     qk_l2norm: bool,
     launch: Launch = launch_now,
+    **target: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of q, k, v, g, beta and the initial state."""
     q, k, v, beta, d_o = (x.contiguous() for x in (q, k, v, beta, d_o))
-    p = _problem(q, v, cu_seqlens, launch)
-    norms = _norms(p, q, k, qk_l2norm)
-    gates = _gates(p, g)
-    w, states, v_new, _ = _states(p, k, norms, v, beta, gates, inverse, initial_state)
-    dv_new, d_states, d_initial = _states_backward(p, q, k, norms, w, gates, d_o, d_final, scale)
-
-    new = torch.zeros_like if p.packed else torch.empty_like
-    du, from_v, d_v = torch.empty_like(v_new), torch.empty_like(gates), new(v)
+    g = None if g is None else g.contiguous()
+    p = _problem(q, v, g, cu_seqlens, launch, **target)
+    if g is not None and p.gate == 2:
+        keys = _channel_keys(p, q, k, g, scale, qk_l2norm)
+    else:
+        keys = _head_keys(p, q, k, kept.rows, qk_l2norm)
+    du, d_states = p.scratch(*v.shape), p.scratch(p.slots, p.value_width, p.width)
+    tile = p.tiles[0]
+    columns = triton.cdiv(p.value_width, tile)
+    from_v = p.scratch(columns, p.slots, CHUNK, dtype=torch.float32)
+    shape = (p.sequence_count, p.value_heads, p.width, p.value_width) if initial_state is not None else (0,)
+    d_initial = p.scratch(*shape, dtype=torch.float32)
     p.run(
-        kernels.apply_backward_kernel,
-        p.slots,
+        kernels.backward_kernel,
+        p.sequence_count * p.value_heads * columns,
+        warps=8 if tile == 128 else 4,
         v=v,
+        d_o=d_o,
         beta=beta,
-        inverse=inverse,
-        dv_new=dv_new,
+        inverse=kept.inverse,
+        pair=kept.scores,
+        d_final=from_v if d_final is None else d_final.contiguous(),
         du=du,
-        dv=d_v,
-        d_factor=from_v,
-        chunks=p.chunks,
-        HV=p.value_heads,
-        V=p.value_width,
-        PRECISION=p.precision,
-    )
-    d_qk, d_kk = p.scratch(p.slots, CHUNK, CHUNK), p.scratch(p.slots, CHUNK, CHUNK)
-    d_gates, from_pair = torch.empty_like(gates), torch.empty_like(gates)
-    shared: dict[str, Any] = {"q": q, "k": k, "beta": beta, "d_o": d_o, "v_new": v_new, "du": du, "gates": gates}
-    shared |= {"d_qk": d_qk, "d_kk": d_kk, "chunks": p.chunks, "scale": scale}
-    shared |= {"STEP": p.step, "PRECISION": p.precision, **norms, **p.sizes}
-    p.run(kernels.pair_backward_kernel, p.slots, d_gates=d_gates, d_factor=from_pair, **shared)
-
-    tiles = _tiles(p.width)
-    parts = p.scratch(tiles, 3, p.slots, CHUNK, dtype=torch.float32)
-    through = p.scratch(tiles, p.slots, dtype=torch.float32)
-    wide = torch.float32 if qk_l2norm or p.heads != p.value_heads else p.dtype
-    dq = new(v[..., :1].expand(*v.shape[:3], p.width), dtype=wide, memory_format=torch.contiguous_format)
-    dk = new(dq)
-    p.run(
-        kernels.qk_backward_kernel,
-        p.slots,
-        p.width,
-        states=states,
         d_states=d_states,
-        dq=dq,
-        dk=dk,
-        parts=parts,
-        through=through,
-        slots=p.slots,
-        **shared,
-    )
-    d_beta = new(beta)
-    d_g = None if g is None else new(g, memory_format=torch.contiguous_format)
-    p.run(
-        kernels.gates_backward_kernel,
-        p.slots,
-        parts=parts,
-        through=through,
-        d_gates=d_gates,
-        from_pair=from_pair,
         from_v=from_v,
-        dg=d_beta if d_g is None else d_g,
-        d_beta=d_beta,
-        chunks=p.chunks,
+        d_initial=d_initial,
         slots=p.slots,
-        HV=p.value_heads,
-        TILES=tiles,
-        HAS_GATE=g is not None,
+        scale=scale,
+        BV=tile,
+        HAS_FINAL=d_final is not None,
+        INITIAL=initial_state is not None,
+        MASK=p.masked((p.width, p.key_tile), (p.value_width, tile)),
+        STAGES=1,
+        **_walk_arguments(keys, p),
     )
+    shared = {"d_o": d_o, "du": du, "v_new": kept.v_new, "d_states": d_states, "from_v": from_v, "beta": beta}
+    shared |= {"states": _states(p, keys, kept.v_new, initial_state), "VB": columns, "slots": p.slots}
+    shared |= {"q": q, "k": k, "V": p.value_width, "scale": scale, "NORMALISE": qk_l2norm}
+    shared |= {"q_norm": keys.norms[0], "k_norm": keys.norms[1]}
+    d_q, d_k, d_v, d_g, d_beta = _gradients(p, keys, g, beta, kept, shared)
     return (
-        _key_gradient(p, dq, q, qk_l2norm),
-        _key_gradient(p, dk, k, qk_l2norm),
+        _key_gradient(p, d_q, q, qk_l2norm),
+        _key_gradient(p, d_k, k, qk_l2norm),
         d_v,
         d_g,
         d_beta,
@@ -362,71 +416,51 @@ def backward(
     )
 
 
-def _states_backward(
-    p: Problem,
-    q: Tensor,
-    k: Tensor,
-    norms: dict[str, Any],
-    w: Tensor,
-    gates: Tensor,
-    d_o: Tensor,
-    d_final: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of v_new, of the state at each chunk's end, of the initial states)."""
-    dv = p.scratch(p.slots, CHUNK, p.value_width, dtype=torch.float32)
-    p.run(
-        kernels.dv_kernel,
-        p.slots,
-        p.value_width,
-        q=q,
-        k=k,
-        d_o=d_o,
-        gates=gates,
-        dv=dv,
-        chunks=p.chunks,
-        scale=scale,
-        PRECISION=p.precision,
-        **norms,
-        **p.sizes,
-    )
-    count = p.sequences.shape[0]
-    dv_new = torch.empty_like(dv)
-    d_states = p.scratch(p.slots, p.width, p.value_width)
-    d_initial = p.scratch(count, p.value_heads, p.width, p.value_width, dtype=torch.float32)
-    p.run(
-        kernels.state_backward_kernel,
-        count * p.value_heads,
-        p.value_width,
-        q=q,
-        k=k,
-        w=w,
-        d_o=d_o,
-        gates=gates,
-        d_final=d_initial if d_final is None else d_final.contiguous(),
-        d_states=d_states,
-        dv=dv,
-        dv_new=dv_new,
-        d_initial=d_initial,
-        chunks=p.chunks,
-        sequences=p.sequences,
-        scale=scale,
-        HAS_FINAL=d_final is not None,
-        PRECISION=p.precision,
-        **norms,
-        **p.sizes,
-    )
-    return dv_new, d_states, d_initial
+def _gradients(
+    p: Problem, keys: Keys, g: Tensor | None, beta: Tensor, kept: Kept, shared: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """dq and dk (one for each value head and of the normalised q, k, unless `_fused`), dv, dg, dβ."""
+    tokens = kept.v_new.shape[:3]
+    fused = _fused(p)
+    wide = p.dtype if fused or not (shared["NORMALISE"] or p.heads != p.value_heads) else torch.float32
+    d_q, d_k = (p.new(torch.Size((*tokens, p.width)), wide) for _ in range(2))
+    d_v, d_beta = p.new(kept.v_new.shape, p.dtype), p.new(beta.shape, beta.dtype)
+    d_g = None if g is None else p.new(g.shape, g.dtype)
+    _, key_tile, value_tile = p.tiles
+    if p.gate == 2:
+        key_tile, value_tile = 64, 64
+    columns = triton.cdiv(p.width, key_tile)
+    parts = p.scratch(0 if fused else columns, 4, p.slots, CHUNK, dtype=torch.float32)
+    shared |= {"dq": d_q, "dk": d_k, "dv": d_v, "dg": d_beta if d_g is None else d_g, "parts": parts}
+    shared |= {"BK": key_tile, "BV": value_tile, "MASK": p.masked((p.width, key_tile), (p.value_width, value_tile))}
+    if p.gate == 2:
+        given = {"summed": keys.summed, "whole": keys.gates, "EXACT": p.exact}
+        p.run(channels.channel_gradient_kernel, p.slots, columns=columns, **given, **shared)
+    else:
+        given = {"pair": kept.scores, "gates": keys.gates, "d_beta": d_beta, "GATE": p.gate, "FUSED": fused}
+        warps = 8 if key_tile == 128 else 4
+        p.run(gradients.gradient_kernel, p.slots, columns=columns, warps=warps, **given, **shared)
+    if not fused:
+        given = {"parts": parts, "dg": shared["dg"], "d_beta": d_beta, "slots": p.slots}
+        p.run(gradients.gates_kernel, p.slots, **given, TILES=columns, GATE=p.gate)
+    return d_q, d_k, d_v, d_g, d_beta
+
+
+def _fused(p: Problem) -> bool:
+    """Whether one program sees a whole chunk of a key head, and can finish its norms and gates."""
+    return p.gate != 2 and p.heads == p.value_heads and p.width <= p.tiles[1]
 
 
 def _key_gradient(p: Problem, grad: Tensor, x: Tensor, qk_l2norm: bool) -> Tensor:
     """Sum the value heads that share a key head; go back through the normalisation."""
+    if _fused(p):
+        return grad
     if p.heads != p.value_heads:
         grad = grad.view(*x.shape[:3], -1, p.width).sum(3)
     if not qk_l2norm:
         return grad.to(x.dtype)
     out = torch.empty_like(x)
-    _run_rows(p, kernels.norm_backward_kernel, x=x, dy=grad, dx=out)
+    _run_rows(p, gradients.norm_backward_kernel, x=x, dy=grad, dx=out)
     return out
 
 
@@ -467,14 +501,16 @@ def step(
         V=value_width,
         BK=triton.next_power_of_2(width),
         BV=block,
-        HAS_GATE=g is not None,
+        GATE=0 if g is None else g.ndim - 2,
         NORMALISE=qk_l2norm,
     )
     return o
 
 
-def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Kernels as shipped, bf16 (D 64 to 256) and fp32 (64, 128).
+def configurations(
+    large: bool = False, amd: bool = False
+) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """Kernels as shipped, bf16 (D 64 to 256) and fp32 (64, 128), for chips whose blocks have 200 KiB or not, or AMD's.
 
     Yields name, kernel, signature, constexprs, num_warps, num_stages.
     """
@@ -487,21 +523,23 @@ def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
 
     for dtype, widths in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (64, 128))):
         for width in widths:
-            _record_calls(dtype, width, record)
+            for channel in (False, True):
+                _record_calls(dtype, width, channel, record, large=large, amd=amd)
     yield from found.values()
 
 
-def _record_calls(dtype: torch.dtype, width: int, record: Launch) -> None:
+def _record_calls(dtype: torch.dtype, width: int, channel: bool, record: Launch, **target: bool) -> None:
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    q, k, v = new(1, 128, 2, width), new(1, 128, 2, width), new(1, 128, 4, width)
-    state, beta = new(1, 4, width, width, dtype=torch.float32), new(1, 128, 4)
-    g = new(1, 128, 4, dtype=torch.float32)
-    inverse = new(2 * 4 * CHUNK, CHUNK, dtype=torch.float32)
-    forward(q, k, v, g, beta, state, None, 1.0, True, launch=record)
-    backward(q, k, v, g, beta, state, None, inverse, v, state, 1.0, True, launch=record)
-    step(q, k, v, g, beta, state, 1.0, True, launch=record)
+    for value_heads in (2, 4):
+        q, k, v = new(1, 128, 2, width), new(1, 128, 2, width), new(1, 128, value_heads, width)
+        state, beta = new(1, value_heads, width, width, dtype=torch.float32), new(1, 128, value_heads)
+        g = new(1, 128, value_heads, *((width,) if channel else ()), dtype=torch.float32)
+        shared: dict[str, Any] = {"launch": record, **target}
+        _, _, kept = forward(q, k, v, g, beta, state, None, 1.0, True, True, True, **shared)
+        backward(q, k, v, g, beta, state, None, kept, v, state, 1.0, True, **shared)
+        step(q, k, v, g, beta, state, 1.0, True, launch=record)
 
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}

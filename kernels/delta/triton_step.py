@@ -7,14 +7,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_swap.kernels.delta.triton_kernels import EPS
+from fla_swap.kernels.delta.triton_tiles import EPS
 
 
 @triton.jit
 def step_kernel(
     q, k, v, g, beta, state, o, tokens, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    HAS_GATE: tl.constexpr, NORMALISE: tl.constexpr,
+    GATE: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
     """Token by token on one head's state, BV value columns, in place."""
     pid = tl.program_id(0).to(tl.int64)
@@ -32,8 +32,11 @@ def step_kernel(
         if NORMALISE:
             query *= tl.rsqrt(tl.sum(query * query, 0) + EPS)
             key *= tl.rsqrt(tl.sum(key * key, 0) + EPS)
-        if HAS_GATE:
+        if GATE == 1:
             s *= tl.exp(tl.load(g + row * HV + h).to(tl.float32))
+        if GATE == 2:
+            gate = tl.load(g + (row * HV + h) * K + i, mask=i < K, other=0.0).to(tl.float32)
+            s *= tl.exp(gate)[:, None]
         value -= tl.sum(s * key[:, None], 0)
         value *= tl.load(beta + row * HV + h).to(tl.float32)
         s += key[:, None] * value[None, :]

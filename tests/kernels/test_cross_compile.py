@@ -65,8 +65,9 @@ def demand(configuration):
 def selected(module, target):
     found = {}
     configurations = importlib.import_module(f"fla_swap.kernels.{module}").configurations
-    sized = "large" in inspect.signature(configurations).parameters
-    for configuration in configurations(large=limits[target] >= 200 << 10) if sized else configurations():
+    target_facts = {"large": limits[target] >= 200 << 10, "amd": target.startswith("gfx")}
+    known = inspect.signature(configurations).parameters
+    for configuration in configurations(**{name: fact for name, fact in target_facts.items() if name in known}):
         key = configuration[0] if everything == "all" else configuration[1].fn.__name__
         if key not in found or demand(configuration) > demand(found[key]):
             found[key] = configuration
