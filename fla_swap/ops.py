@@ -14,7 +14,14 @@ from fla_swap.kernels.decay.simple_ops import (
     simple_gla_step,
 )
 from fla_swap.kernels.decay.slots import abc, abc_step, gsa, gsa_step
-from fla_swap.kernels.delta.ops import delta_rule, delta_rule_step, gated_delta_rule, gated_delta_rule_step
+from fla_swap.kernels.delta.ops import (
+    delta_rule,
+    delta_rule_step,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    kda,
+    kda_step,
+)
 from fla_swap.kernels.feature.ops import based, based_step, rebased, rebased_step
 from fla_swap.kernels.fused.ops import (
     gated_rms_norm,
@@ -44,6 +51,8 @@ __all__ = [
     "gsa_step",
     "hgrn",
     "hgrn_step",
+    "kda",
+    "kda_step",
     "linear_attention",
     "linear_attention_step",
     "linear_cross_entropy",

@@ -36,6 +36,7 @@ def gated_delta_rule_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = (I − β_t k_t k_tᵀ) exp(g_t) S_{t−1} + β_t k_t v_tᵀ, o_t = scale · S_tᵀ q_t, one step at a time.
 
+    g is [B, T, HV], or [B, T, HV, K] for a decay of its own in each key channel (KDA: diag(exp g_t) S_{t−1}).
     Arguments and results as in `fla_swap.kernels.delta.ops.gated_delta_rule`; computes in q's dtype, at least fp32.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -80,7 +81,14 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state
 
 
 def _make_inputs(
-    device: torch.device | str, dtype: torch.dtype, T: int, H: int, D: int, seed: int, gated: bool = True
+    device: torch.device | str,
+    dtype: torch.dtype,
+    T: int,
+    H: int,
+    D: int,
+    seed: int,
+    gated: bool = True,
+    channels: bool = False,
 ) -> dict[str, Tensor]:
     """Random inputs for one comparison: B = 2, HV = 2H, K = V = D, β from 0 to 2, decays down to e^−0.5 a step."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +101,7 @@ def _make_inputs(
 
     tensors = {"q": normal(2, T, H, D), "k": normal(2, T, H, D), "v": normal(2, T, 2 * H, D)}
     if gated:
-        tensors["g"] = uniform(2, T, 2 * H) * -0.5
+        tensors["g"] = uniform(2, T, 2 * H, *((D,) if channels else ())) * -0.5
     tensors["beta"] = uniform(2, T, 2 * H) * 2
     tensors = {name: x.to(device, dtype).requires_grad_() for name, x in tensors.items()}
     tensors["initial_state"] = (normal(2, 2 * H, D, D) * 0.3).to(device).requires_grad_()
@@ -132,6 +140,13 @@ NUMERICS_CASES: tuple[dict[str, Any], ...] = (
         "op": _operator("delta_rule"),
         "reference": _delta_rule_reference,
         "make": partial(_make_inputs, gated=False),
+        "kwargs": _OPTIONS,
+    },
+    {
+        "name": "kda",
+        "op": _operator("kda"),
+        "reference": gated_delta_rule_reference,
+        "make": partial(_make_inputs, channels=True),
         "kwargs": _OPTIONS,
     },
 )
