@@ -21,6 +21,7 @@ from fla_swap.kernels.delta import triton_kernels as kernels
 from fla_swap.kernels.delta.torch_impl import CHUNK, chunk_count
 from fla_swap.kernels.delta.triton_step import step_kernel
 
+TILE = 64  # of V in the walks: measured, with four warps and one stage
 Launch = Callable[..., None]
 
 
@@ -73,12 +74,11 @@ class Problem:
         return max(64, triton.next_power_of_2(self.width))
 
     @property
-    def tiles(self) -> tuple[int, int, int]:
-        """(tile of V in the walks, tiles of K and V in the gradients). Whole heads where they fit."""
+    def tiles(self) -> tuple[int, int]:
+        """Tiles of K and V in the gradients: whole heads where they fit."""
         if self.dtype == torch.float32 or self.width > 128 or not self.large:
-            return 64, 64, 64
-        value_tile = min(128, max(64, triton.next_power_of_2(self.value_width)))
-        return value_tile, self.key_tile, value_tile
+            return 64, 64
+        return self.key_tile, min(128, max(64, triton.next_power_of_2(self.value_width)))
 
     @property
     def precision(self) -> str:
@@ -257,6 +257,7 @@ def _prepare(
     p.run(
         kernels.prepare_kernel,
         p.slots,
+        warps=4 if p.dtype == torch.float32 else 2,
         q=q,
         k=k,
         g=beta if g is None else g,
@@ -299,13 +300,12 @@ def forward(
         rows=torch.zeros(0 if p.gate == 2 else 3 * p.slots * CHUNK, dtype=torch.float32, device=q.device),
     )
     keys = _prepare(p, q, k, g, beta, scale, qk_l2norm, kept)
-    o, tile = p.new(v.shape, v.dtype), p.tiles[0]
+    o = p.new(v.shape, v.dtype)
     shape = (p.sequence_count, p.value_heads, p.width, p.value_width) if output_final_state else (0,)
     final = p.scratch(*shape, dtype=torch.float32)
     p.run(
         kernels.forward_kernel,
-        p.sequence_count * p.value_heads * triton.cdiv(p.value_width, tile),
-        warps=8 if tile == 128 else 4,
+        p.sequence_count * p.value_heads * triton.cdiv(p.value_width, TILE),
         v=v,
         beta=beta,
         inverse=kept.inverse,
@@ -315,11 +315,11 @@ def forward(
         v_new=kept.v_new,
         final=final,
         scale=scale,
-        BV=tile,
+        BV=TILE,
         HAS_INITIAL=initial_state is not None,
         SAVE=save,
         FINAL=output_final_state,
-        MASK=p.masked((p.width, p.key_tile), (p.value_width, tile)),
+        MASK=p.masked((p.width, p.key_tile), (p.value_width, TILE)),
         STAGES=1,
         **_walk_arguments(keys, p),
     )
@@ -329,20 +329,21 @@ def forward(
 def _states(p: Problem, keys: Keys, v_new: Tensor, initial_state: Tensor | None) -> Tensor:
     """The states at the chunks' starts, [slots, V, K]."""
     states = p.scratch(p.slots, p.value_width, p.width)
-    columns, parts = triton.cdiv(p.value_width, 64), triton.cdiv(p.width, 64)
-    arguments = _walk_arguments(keys, p) | {"k": keys.k_out, "BK": 64}
+    columns, parts = triton.cdiv(p.value_width, TILE), triton.cdiv(p.width, TILE)
+    stages = 3 if p.large else 1
+    arguments = _walk_arguments(keys, p) | {"k": keys.k_out, "BK": TILE}
     del arguments["q"], arguments["k_out"]
     p.run(
         kernels.state_kernel,
         p.sequence_count * p.value_heads * columns * parts,
-        stages=2 if p.large else 1,
+        stages=stages,
         v_new=v_new,
         initial=v_new if initial_state is None else initial_state.contiguous(),
         states=states,
-        BV=64,
+        BV=TILE,
         HAS_INITIAL=initial_state is not None,
-        MASK=p.masked((p.width, 64), (p.value_width, 64)),
-        STAGES=2 if p.large else 1,
+        MASK=p.masked((p.width, TILE), (p.value_width, TILE)),
+        STAGES=stages,
         **arguments,
     )
     return states
@@ -373,15 +374,13 @@ def backward(
     else:
         keys = _head_keys(p, q, k, kept.rows, qk_l2norm)
     du, d_states = p.scratch(*v.shape), p.scratch(p.slots, p.value_width, p.width)
-    tile = p.tiles[0]
-    columns = triton.cdiv(p.value_width, tile)
+    columns = triton.cdiv(p.value_width, TILE)
     from_v = p.scratch(columns, p.slots, CHUNK, dtype=torch.float32)
     shape = (p.sequence_count, p.value_heads, p.width, p.value_width) if initial_state is not None else (0,)
     d_initial = p.scratch(*shape, dtype=torch.float32)
     p.run(
         kernels.backward_kernel,
         p.sequence_count * p.value_heads * columns,
-        warps=8 if tile == 128 else 4,
         v=v,
         d_o=d_o,
         beta=beta,
@@ -394,10 +393,10 @@ def backward(
         d_initial=d_initial,
         slots=p.slots,
         scale=scale,
-        BV=tile,
+        BV=TILE,
         HAS_FINAL=d_final is not None,
         INITIAL=initial_state is not None,
-        MASK=p.masked((p.width, p.key_tile), (p.value_width, tile)),
+        MASK=p.masked((p.width, p.key_tile), (p.value_width, TILE)),
         STAGES=1,
         **_walk_arguments(keys, p),
     )
@@ -426,7 +425,7 @@ def _gradients(
     d_q, d_k = (p.new(torch.Size((*tokens, p.width)), wide) for _ in range(2))
     d_v, d_beta = p.new(kept.v_new.shape, p.dtype), p.new(beta.shape, beta.dtype)
     d_g = None if g is None else p.new(g.shape, g.dtype)
-    _, key_tile, value_tile = p.tiles
+    key_tile, value_tile = p.tiles
     if p.gate == 2:
         key_tile, value_tile = 64, 64
     columns = triton.cdiv(p.width, key_tile)
@@ -448,7 +447,7 @@ def _gradients(
 
 def _fused(p: Problem) -> bool:
     """Whether one program sees a whole chunk of a key head, and can finish its norms and gates."""
-    return p.gate != 2 and p.heads == p.value_heads and p.width <= p.tiles[1]
+    return p.gate != 2 and p.heads == p.value_heads and p.width <= p.tiles[0]
 
 
 def _key_gradient(p: Problem, grad: Tensor, x: Tensor, qk_l2norm: bool) -> Tensor:
@@ -480,7 +479,7 @@ def step(
     batch, tokens, heads, width = q.shape
     value_heads, value_width = v.shape[2:]
     o = torch.empty_like(v)
-    block = 32
+    block = 64 if batch * value_heads >= 512 else 32
     launch(
         step_kernel,
         (batch * value_heads, (value_width + block - 1) // block),
