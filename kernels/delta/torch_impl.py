@@ -138,9 +138,8 @@ def make_chunks(
     qk_l2norm: bool,
 ) -> Chunks:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    group = v.shape[2] // q.shape[2]
-    q_n, q_norm = _normalised(split(q, packing, dtype, group), qk_l2norm)
-    k_n, k_norm = _normalised(split(k, packing, dtype, group), qk_l2norm)
+    q_n, q_norm = _normalised(split(q, packing, dtype, v.shape[2] // q.shape[2]), qk_l2norm)
+    k_n, k_norm = _normalised(split(k, packing, dtype, v.shape[2] // q.shape[2]), qk_l2norm)
     beta_x = split(beta.unsqueeze(-1), packing, dtype)
     if g is not None and g.ndim == 4:
         pairs, growth, rest, whole = channel_pairs(split(g, packing, dtype))
@@ -263,8 +262,7 @@ def backward(
     width, value_width = q.shape[3], v.shape[3]
     x = make_chunks(q, k, v, g, beta, packing, scale, qk_l2norm)
     inverse, v_new = inverse.view(-1, CHUNK, CHUNK), v_new.view(-1, CHUNK, value_width)
-    starts = states[:-1].reshape(-1, width, value_width)
-    do = split(d_o, packing, x.q.dtype)
+    starts, do = states[:-1].reshape(-1, width, value_width), split(d_o, packing, x.q.dtype)
     scores = x.pairs.products(x.q, x.k)
     overlap = x.pairs.products(x.k, x.k)
 
@@ -287,9 +285,9 @@ def backward(
     d_q, d_k, d_gates = _gathered(x, d_scores, d_lower.mul_(x.beta), scores, overlap, *start, d_k_out.mul_(x.rest))
     d_g = None
     if g is not None:
-        dims = 2 if g.ndim == 4 else (1, 2)
-        d_gates += ((starts * d_states).sum(dims).view(-1, x.total.shape[1], 1) * x.total).mT
-        d_g = join(d_gates, packing, g if g.ndim == 4 else g.unsqueeze(-1)).view(g.shape)
+        through = (starts * d_states).sum(2 if g.ndim == 4 else (1, 2))
+        d_gates += (through.view(-1, x.total.shape[1], 1) * x.total).mT
+        d_g = join(d_gates, packing, g.reshape(*beta.shape, -1)).view(g.shape)
     d_q = _normalised_backward(d_q.mul_(scale), x.q, x.q_norm, scale)
     d_k = _normalised_backward(d_k, x.k, x.k_norm, 1.0)
     return (
