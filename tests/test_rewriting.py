@@ -78,13 +78,14 @@ def test_the_sinks_are_the_layers_own_and_the_record_names_them():
     assert all(r.anchor in r.nodes for r in result.records)
 
 
-def test_a_padding_mask_is_left_alone_with_the_reason():
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_padding_mask_is_left_alone_with_the_reason(implementation):
     mask = torch.ones(2, 21, dtype=torch.int64)
     mask[1, :4] = 0
-    program = export(build("llama"), attention_mask=mask)
+    program = export(build("llama", implementation), attention_mask=mask)
     result = fs.rewrite(program)
     assert result.program is program and not result.records and len(result.skipped) == 2
-    assert "depends on the values that the model reads" in result.skipped[0].reason
+    assert "its mask depends on the input 'attention_mask' (padding)" in result.skipped[0].reason
     assert "unchanged" in result.note and "modeling_llama.py" in result.skipped[0].source
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fla_swap.errors import NoValue
 from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
-from fla_swap.patterns.graph import CAST, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, op_name, shape
+from fla_swap.patterns.graph import CAST, CONTRACTION, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, op_name, shape
 from fla_swap.patterns.parts import unread
 from fla_swap.patterns.rows import RowEvaluator, RowsRefused
 from fla_swap.rewriting.masks import MaskUnknown, Term, Visible, read_mask
@@ -32,6 +32,11 @@ _SLICE, _GETITEM, _CAT = _ops("slice"), frozenset({operator.getitem}), _ops("cat
 SDPA_OPS = _ops("scaled_dot_product_attention")
 _PRODUCT = _ops("matmul", "bmm", "baddbmm")
 _REGION = 64
+_LOOKUP = _ops("embedding")
+_PADDING = (
+    "its mask depends on the input {} (padding): an operator gives zeros for tokens that do not count, this program "
+    "what they see, so they are not the same function"
+)
 
 
 class CoreRefused(Exception):
@@ -109,7 +114,8 @@ def read_core(anchor: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> Cor
     """The core at `anchor`, or CoreRefused."""
     result = _match(anchor, graph, patterns)
     if isinstance(result, Refused):
-        raise CoreRefused(result.reason, result.node)
+        names = padding_inputs(result.node, graph)
+        raise CoreRefused(_PADDING.format(names) if names else result.reason, result.node)
     assert isinstance(result, Found)
     facts = dict(result.facts)
     unknown = sorted(n for n in facts if n not in _FACTS | _PLACES and facts[n] is not None)
@@ -149,6 +155,36 @@ def read_core(anchor: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> Cor
         terms=tuple(_term(t, region, anchor, q[:-2], fused) for t in facts["mask"]),
         region=region,
     )
+
+
+def padding_inputs(node: fx.Node, graph: CapturedGraph) -> str:
+    """The inputs that a mask at `node` is made of, where these say which tokens count: [B, T] of whole numbers or truth
+    values that go through no weight. "" for any other."""
+    names: dict[str, None] = {}
+    for start in (node, *graph.open_inputs(node)):
+        found = _made_of(start, graph)
+        if found and all(_tells_tokens(n) for n in found):
+            names |= dict.fromkeys(n.name for n in found)
+    return " and ".join(map(repr, names))
+
+
+def _made_of(node: fx.Node, graph: CapturedGraph) -> list[fx.Node]:
+    """The inputs behind a node; none where a weight or a product stands between."""
+    seen, stack, found = {node}, [node], []
+    while stack:
+        walk = stack.pop()
+        if walk.target in CONTRACTION | _LOOKUP:
+            return []
+        found += [walk] if walk.op == "placeholder" else []
+        fresh = [n for n in graph.open_inputs(walk) if n not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return found
+
+
+def _tells_tokens(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, Tensor) and val.dim() == 2 and not val.is_floating_point() and not val.is_complex()
 
 
 def _region(recognised: Sequence[fx.Node], out: fx.Node, graph: CapturedGraph) -> tuple[fx.Node, ...]:
