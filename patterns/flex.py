@@ -59,8 +59,50 @@ def _read_mask(node: fx.Node, graph: CapturedGraph, facts: dict[str, Any]) -> No
     mod = _Function.of("mask_mod", node, blocks[-1], node.args[8], graph)
     seen = mod.table(None)
     facts["mask"].append(MaskTerm(kind="keep", node=mod.node, table=seen))
-    if bool(seen.all()) and blocks[-3] < seen.shape[-2]:
-        raise FlexRefused("a block mask whose mask_mod hides nothing: what its blocks leave out is not read")
+    _check_blocks(blocks, seen, graph)
+
+
+def _check_blocks(blocks: Any, seen: Tensor, graph: CapturedGraph) -> None:
+    """The kernels skip what the blocks leave out, and ask no mask_mod in full ones: both must say what it says.
+
+    `blocks`: the fields of a BlockMask: lengths, then for [B, H, query block] the number of partial key blocks and
+    which they are, the same of full ones, …, the sizes of a block, mask_mod. `seen` [B or 1, H or 1, T, S].
+    """
+    tensors = [b for b in blocks if not isinstance(b, int)][:4]
+    if any(graph.is_open(t) for t in tensors):
+        raise FlexRefused("a block mask that depends on the values that the model reads")
+    size = [min(block, length) for block, length in zip(blocks[-3:-1], seen.shape[-2:], strict=True)]
+    counts = [-(-length // block) for block, length in zip(size, seen.shape[-2:], strict=True)]
+    try:
+        values: list[Any] = [None if t is None else graph.evaluate(t) for t in tensors]
+    except (NoValue, RuntimeError) as error:
+        raise FlexRefused(f"the blocks of its block mask cannot be evaluated: {error}") from error
+    partial = _listed(values[0], values[1], counts)
+    full = None if values[2] is None else _listed(values[2], values[3], counts)
+    shown = _by_block(seen, size, counts)
+    listed = partial if full is None else partial | full
+    if bool((shown.any(-1) & ~listed).any()):
+        raise FlexRefused("a block mask whose blocks leave out what its mask_mod shows")
+    if full is not None and bool((~shown.all(-1) & full).any()):
+        raise FlexRefused("a block mask whose full blocks hold what its mask_mod hides")
+
+
+def _listed(numbers: Tensor, indices: Tensor, counts: Sequence[int]) -> Tensor:
+    """bool [B, H, query blocks, key blocks]: those that are listed."""
+    numbers, indices = numbers[..., : counts[0]], indices[..., : counts[0], :]
+    named = torch.arange(indices.shape[-1]) < numbers[..., None]
+    found = torch.zeros(*indices.shape[:-1], max(counts[1], int(indices.max()) + 1), dtype=torch.int64)
+    return found.scatter_add(-1, indices.long(), named.long())[..., : counts[1]] > 0
+
+
+def _by_block(seen: Tensor, size: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """bool [B, H, query blocks, key blocks, pairs] of `seen`; a last block that is cut is filled with its end."""
+    rows, columns = (
+        torch.arange(n * block).clamp(max=length - 1)
+        for n, block, length in zip(counts, size, seen.shape[-2:], strict=True)
+    )
+    whole = seen[..., rows, :][..., columns].unflatten(-1, (counts[1], size[1])).unflatten(-3, (counts[0], size[0]))
+    return whole.transpose(-3, -2).flatten(-2)
 
 
 def _read_scores(node: fx.Node, graph: CapturedGraph, facts: dict[str, Any]) -> None:

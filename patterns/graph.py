@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fla_swap.errors import NoValue
-from fla_swap.patterns.running import moved, no_half, stand_in, upcast
+from fla_swap.patterns.running import levels_closed, moved, no_half, stand_in, upcast
 
 aten = torch.ops.aten
 
@@ -50,6 +50,10 @@ SHAPE_ONLY = _ops(
 )
 FIRST_ONLY = _ops("type_as", "expand_as", "view_as")
 CONTRACTION = _ops("linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "einsum")
+
+
+BATCHED = ("_add_batch_dim", "_remove_batch_dim")
+_LEVELS = ("_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions")
 
 
 class NotLayout(Exception):
@@ -184,8 +188,9 @@ class CapturedGraph:
     def run(self, target: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
         """Evaluate `target` with the nodes in `given` replaced by values; everything else it needs must be closed."""
         known = dict(given)
-        for node in self._needed(target, known):
-            known[node] = self._execute(node, known)
+        with levels_closed():
+            for node in self._needed(target, known):
+                known[node] = self._execute(node, known)
         return known[target]
 
     def parameters_of(self, node: fx.Node) -> list[str]:
@@ -205,6 +210,8 @@ class CapturedGraph:
                     continue
                 self._collect(node, known, needed)
                 changed = True
+        if any(_name(n) in BATCHED for n in needed):  # inside torch.vmap: its levels are opened and closed in between
+            needed.update(n for n in self.nodes if _name(n) in _LEVELS)
         return sorted(needed, key=self.order)
 
     def _collect(self, target: fx.Node, known: Mapping[fx.Node, Any], needed: set[fx.Node]) -> None:
@@ -307,6 +314,10 @@ class CapturedGraph:
         while node.target in CAST and node.all_input_nodes:
             node = node.all_input_nodes[0]
         return node
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
 def read_inputs(node: fx.Node) -> list[fx.Node]:

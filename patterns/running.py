@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fla_swap.errors import NoValue
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def levels_closed() -> Iterator[None]:
+    """Close, after an error, the levels of `torch.vmap` that nodes of a graph have opened."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    before = functorch.maybe_current_level() or 0
+    try:
+        yield
+    finally:
+        while (functorch.maybe_current_level() or 0) > before:
+            functorch._vmap_decrement_nesting()
 
 
 def moved(target: Any, args: Any, kwargs: Any) -> Any:

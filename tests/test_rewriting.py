@@ -8,6 +8,7 @@ import pytest
 import torch
 from attentions import FUSED, WINDOW, WINDOWED, Twice, build, difference, hand, tokens
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import fla_swap as fs
 from fla_swap.errors import RewriteError
@@ -26,7 +27,12 @@ def export(model: nn.Module, *, dynamic: bool = False, **inputs: torch.Tensor) -
 
 def square_tensors(program: torch.export.ExportedProgram) -> list[str]:
     """Nodes of the shape of scores or masks: the last two dimensions are the length."""
-    length = next(n for n in program.graph.nodes if n.name == "input_ids").meta["val"].shape[1]
+    return square_tensors_of(
+        program, next(n for n in program.graph.nodes if n.name == "input_ids").meta["val"].shape[1]
+    )
+
+
+def square_tensors_of(program: torch.export.ExportedProgram, length: int) -> list[str]:
     found = []
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -136,6 +142,51 @@ def test_what_no_operator_computes_is_left_alone_with_the_reason(options, traini
 def test_dropout_that_drops_nothing_is_no_obstacle():
     model, x = hand(dropout=0.1)
     assert len(fs.rewrite(torch.export.export(model, (x,)), check=True).records) == 1
+
+
+class Flex(nn.Module):
+    """FlexAttention under a window of 40 tokens, or with other blocks than its function says."""
+
+    def __init__(self, blocks=None):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        self.blocks = blocks
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (2, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        size = x.shape[1]
+        mask = create_block_mask(self.mod, None, None, size, size, device="cpu", BLOCK_SIZE=64)
+        if self.blocks is not None:
+            mask = BlockMask.from_kv_blocks(
+                torch.tensor([[[self.blocks] * 2]]),
+                torch.arange(2).expand(1, 1, 2, 2),
+                BLOCK_SIZE=64,
+                mask_mod=self.mod,
+            )
+        return flex_attention(q, k, v, block_mask=mask).transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def mod(b, h, i, j):
+        return (i >= j) & (i - j < 40)
+
+
+@torch.no_grad()
+def test_flex_attention_whose_functions_are_read_is_rewritten_with_its_block_mask():
+    model, x = Flex().eval(), torch.randn(2, 100, 16)
+    result = fs.rewrite(torch.export.export(model, (x,), strict=False), check=True)
+    (record,) = result.records
+    assert record.replacement == WINDOWED and record.checked_length == 100
+    assert record.facts == {"mask": "window", "window": 40, "scale": pytest.approx(8**-0.5), "heads": (2,), "groups": 1}
+    assert "flex_attention" in record.nodes and not square_tensors_of(result.program, 100)
+    assert difference(model(x), result.module()(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_blocks_that_say_something_else_than_the_function_are_a_reason_to_leave_it():
+    x = torch.randn(2, 128, 16)
+    (skipped,) = fs.rewrite(torch.export.export(Flex(blocks=1).eval(), (x,), strict=False)).skipped
+    assert skipped.reason == "a block mask whose blocks leave out what its mask_mod shows"
+    assert len(fs.rewrite(torch.export.export(Flex(blocks=2).eval(), (x,), strict=False), check=True).records) == 1
 
 
 def plan_of(model: nn.Module, mixer: str) -> fs.SwapPlan:

@@ -30,6 +30,7 @@ _PLACES = frozenset({"product", "scores", "dim", "same", "mixed", "v_first"})
 _KEPT = _ops("view", "reshape", "_unsafe_view", "contiguous", "clone", "alias", "detach", "unsqueeze", "squeeze")
 _SLICE, _GETITEM, _CAT = _ops("slice"), frozenset({operator.getitem}), _ops("cat", "concat")
 SDPA_OPS = _ops("scaled_dot_product_attention")
+FLEX = "flex_attention"
 _PRODUCT = _ops("matmul", "bmm", "baddbmm")
 _REGION = 64
 _LOOKUP = _ops("embedding")
@@ -121,7 +122,8 @@ def read_core(anchor: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> Cor
     unknown = sorted(n for n in facts if n not in _FACTS | _PLACES and facts[n] is not None)
     if unknown:
         raise CoreRefused(f"{', '.join(unknown)} cannot be expressed by an operator", anchor)
-    fused = anchor.target in SDPA_OPS
+    flex = str(anchor.target) == FLEX
+    fused = anchor.target in SDPA_OPS or flex
     if not fused and "product" not in facts:
         raise CoreRefused(f"{op_name(anchor)} is a kernel of its own and stays", anchor)
     if any(t.kind not in ("add", "keep", "drop") for t in facts["mask"]):
@@ -134,9 +136,9 @@ def read_core(anchor: fx.Node, graph: CapturedGraph, patterns: Catalogue) -> Cor
     keys = k[-1 if facts["k_transposed"] else -2]
     if q[-2] != keys:
         raise CoreRefused(f"{q[-2]} queries and {keys} keys: only self-attention without a cache is rewritten", anchor)
-    region = (anchor,) if fused else _region(result.nodes, facts["out"], graph)
+    region = tuple(dict.fromkeys((anchor, facts["out"]))) if fused else _region(result.nodes, facts["out"], graph)
     if fused:
-        if float(argument(anchor, 4, "dropout_p", 0.0) or 0.0) > 0:
+        if not flex and float(argument(anchor, 4, "dropout_p", 0.0) or 0.0) > 0:
             raise CoreRefused("dropout acts on the probabilities", anchor)
     else:
         _check_region(region, result.nodes, q[-2])
@@ -242,7 +244,7 @@ def _term(term: Any, region: Sequence[fx.Node], anchor: fx.Node, lead: tuple[int
         if dims is None:
             raise CoreRefused("a mask that acts on no scores", anchor)
         lead = dims[:-2]
-    return Term(kind=term.kind, node=term.node, lead=lead, factor=term.factor)
+    return Term(kind=term.kind, node=term.node, lead=lead, factor=term.factor, table=term.table)
 
 
 def closed_inputs(core: Core, graph: CapturedGraph) -> set[fx.Node]:

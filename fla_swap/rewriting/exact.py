@@ -12,10 +12,10 @@ from torch import Tensor, fx
 
 from fla_swap.errors import NoValue
 from fla_swap.patterns.catalogue import catalogue
-from fla_swap.patterns.graph import DROPOUT, LAYOUT, alias_root, argument, modules_of, shape, source_of
+from fla_swap.patterns.graph import BATCHED, DROPOUT, LAYOUT, alias_root, argument, modules_of, shape, source_of
 from fla_swap.patterns.parts import unread
 from fla_swap.patterns.rows import RowEvaluator
-from fla_swap.rewriting.cores import SDPA_OPS, Core, CoreRefused, candidates, closed_inputs, prove, read_core
+from fla_swap.rewriting.cores import FLEX, SDPA_OPS, Core, CoreRefused, candidates, closed_inputs, prove, read_core
 from fla_swap.rewriting.masks import constants, expected_rows
 from fla_swap.rewriting.records import RewriteRecord, SkippedCore
 from fla_swap.rewriting.replacement import SDPA, Insert, Replacement, choose, eagerly, unrepeated, write
@@ -248,6 +248,8 @@ def _idle(node: fx.Node) -> bool:
 
 def _erasable(node: fx.Node, root: fx.Node, together: dict[fx.Node, None]) -> bool:
     if node.op == "get_attr" or node.target in LAYOUT or "_assert_tensor_metadata" in str(node.target):
+        return True
+    if str(node.target) == FLEX or getattr(node.target, "__name__", "") in BATCHED:
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is None:

@@ -8,7 +8,7 @@ batch and heads).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -29,12 +29,20 @@ class MaskUnknown(Exception):
 @dataclass(frozen=True, kw_only=True)
 class Term:
     """One closed tensor that acts on the scores: `kind` "add", "keep" or "drop". `lead`: the scores' shape there
-    without its last two dimensions. `factor`: what the scores are multiplied by afterwards."""
+    without its last two dimensions. `factor`: what the scores are multiplied by afterwards. `table`: its values where
+    no node has them (the functions of FlexAttention), [L, T, T] or to be expanded to it."""
 
     kind: str
     node: fx.Node
     lead: tuple[int, ...]
     factor: float = 1.0
+    table: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def narrowed(self, rows: RowEvaluator, dim: int, start: int, stop: int) -> Tensor:
+        """The values from `start` to `stop` along `dim`, counted from the end."""
+        if self.table is None:
+            return rows.narrowed(self.node, dim, start, stop)
+        return self.table.narrow(dim, start, stop - start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,8 @@ def read_mask(
     """
     key = ("rewrite", causal, lead, length, *((t.kind, plain(t.node), t.factor, t.lead) for t in terms))
     known = evaluator.graph.known
+    if any(t.table is not None for t in terms):
+        return _Reader(terms, causal, lead, length, evaluator).read()
     if key not in known:
         known[key] = _Reader(terms, causal, lead, length, evaluator).read()
     return known[key]
@@ -115,7 +125,7 @@ class _Reader:
         """bool [T]: which queries see the first key."""
         seen = torch.ones(self.length, dtype=torch.bool)
         for term in self.terms:
-            value, _ = self._term(term, self.rows.narrowed(term.node, -1, 0, 1), self.length, 1)
+            value, _ = self._term(term, term.narrowed(self.rows, -1, 0, 1), self.length, 1)
             seen = seen & value[0, :, 0]
         return seen
 
@@ -124,7 +134,7 @@ class _Reader:
         seen = expected_rows(Mask(kind="causal" if self.causal else "bidirectional"), self.length, start, stop)
         biases = []
         for term in self.terms:
-            value = self.rows.narrowed(term.node, -2, start, stop)
+            value = term.narrowed(self.rows, -2, start, stop)
             keep, bias = self._term(term, value, stop - start, self.length)
             seen = seen & keep[0]
             if bias is not None:
