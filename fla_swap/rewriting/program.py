@@ -32,8 +32,8 @@ def rewrite(
     """Replace every attention of an exported program by an operator that computes the same function.
 
     Causal and bidirectional attention becomes `scaled_dot_product_attention` without a mask tensor; windows, chunks,
-    softcap, sinks and ALiBi become `fla_swap.ops.window_attention`; so does FlexAttention whose functions and blocks say
-    no more. Only what is understood and proved is replaced: an attention whose mask depends on what the model reads (a
+    softcap, sinks and ALiBi become `fla_swap.ops.window_attention`, FlexAttention too where its functions and blocks
+    say no more. Only what is understood and proved is replaced: an attention whose mask depends on what it reads (a
     padding mask, say) stays, and `.skipped` says why.
 
     With a `plan`, mixers take the place of the planned sites instead, whether these have a module of their own or not:
