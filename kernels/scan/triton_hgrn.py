@@ -33,18 +33,18 @@ def _stretch(slot, table, bounds, T, SEGMENT: tl.constexpr, SEGMENTS: tl.constex
 
 
 @triton.jit
-def _load(base, offsets, mask, EVEN: tl.constexpr):
+def _load(pointer, offsets, mask, MASKED: tl.constexpr):
     """A tile in fp32, zero outside."""
-    value = tl.load(base + offsets) if EVEN else tl.load(base + offsets, mask, 0)
+    value = tl.load(pointer + offsets, mask, 0) if MASKED else tl.load(pointer + offsets)
     return value.to(tl.float32)
 
 
 @triton.jit
-def _store(base, offsets, value, mask, EVEN: tl.constexpr):
-    if EVEN:
-        tl.store(base + offsets, value)
+def _store(pointer, offsets, value, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer + offsets, value, mask)
     else:
-        tl.store(base + offsets, value, mask)
+        tl.store(pointer + offsets, value)
 
 
 @triton.jit
@@ -65,6 +65,26 @@ def _follow_back(between_1, grad_1, decay_1, between_2, grad_2, decay_2):
 
 
 @triton.jit
+def _last(tile, BT: tl.constexpr):
+    """The last row of a tile."""
+    return tl.sum(tl.where((tl.arange(0, BT) == BT - 1)[:, None], tile, 0), 0)
+
+
+@triton.jit
+def _ends_tile(x, g, base, step, channels, end, mask, D, BT: tl.constexpr, REVERSE: tl.constexpr, MASKED: tl.constexpr):
+    """(end after one more tile, log2 decay of the tile)."""
+    tile = step[:, None] * D + channels[None, :]
+    gate = _load(g + base, tile, mask, MASKED) * LOG2E
+    value = _load(x + base, tile, mask, MASKED)
+    decay = tl.exp2(gate)
+    if REVERSE:
+        value = decay * value
+    value = tl.where((tl.arange(0, BT) == 0)[:, None], decay * end[None, :] + value, value)
+    _, states = tl.associative_scan((decay, value), 0, _follow)
+    return _last(states, BT), tl.sum(gate, 0)
+
+
+@triton.jit
 def hgrn_ends_kernel(
     x,
     g,
@@ -82,37 +102,46 @@ def hgrn_ends_kernel(
     BD: tl.constexpr,
     VEC: tl.constexpr,
     STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """What a segment does to a state: h ← decay · h + end. REVERSE: to the gradient that enters from later."""
     blocks: tl.constexpr = (D + BD - 1) // BD
+    narrow: tl.constexpr = D % BD != 0
     slot = tl.program_id(0) // blocks
     sequence, _local, start, stop = _stretch(slot, table, bounds, T, SEGMENT, SEGMENTS, PACKED)
     if sequence >= 0:
         steps = tl.arange(0, BT)
         channels = tl.max_contiguous(tl.program_id(0) % blocks * BD + tl.arange(0, BD), VEC)
+        real = (channels < D)[None, :]
         length = (stop - start).to(tl.int32)
+        whole = length // BT * BT
+        step = (BT - 1 - steps) if REVERSE else steps
         total = tl.zeros((BD,), tl.float32)
         end = tl.zeros((BD,), tl.float32)
-        for t in tl.range(0, length, BT, num_stages=STAGES):
-            step = (BT - 1 - steps) if REVERSE else steps
-            origin = (length - BT - t) if REVERSE else t
-            mask = ((origin + step >= 0) & (origin + step < length))[:, None] & (channels < D)[None, :]
-            base = (start + origin) * D
-            tile = step[:, None] * D + channels[None, :]
-            gate = _load(g + base, tile, mask, EVEN) * LOG2E
-            decay = tl.exp2(gate)
-            value = _load(x + base, tile, mask, EVEN)
-            if REVERSE:
-                value = decay * value
-            first = (steps == 0)[:, None]
-            value = tl.where(first, decay * end[None, :] + value, value)
-            _, states = tl.associative_scan((decay, value), 0, _follow)
-            end = tl.sum(tl.where((steps == BT - 1)[:, None], states, 0), 0)
-            total += tl.sum(gate, 0)
+        for t in tl.range(0, whole, BT, num_stages=STAGES):
+            base = (start + ((length - BT - t) if REVERSE else t)) * D
+            end, gate = _ends_tile(x, g, base, step, channels, end, real, D, BT, REVERSE, narrow)
+            total += gate
+        if whole < length:
+            origin = (length - BT - whole) if REVERSE else whole
+            inside = ((origin + step >= 0) & (origin + step < length))[:, None] & real
+            end, gate = _ends_tile(x, g, (start + origin) * D, step, channels, end, inside, D, BT, REVERSE, True)
+            total += gate
         place = slot.to(tl.int64) * D + channels
         tl.store(decays + place, tl.exp2(total), channels < D)
         tl.store(ends + place, end, channels < D)
+
+
+@triton.jit
+def _forward_tile(x, g, out, base, channels, state, mask, D, BT: tl.constexpr, MASKED: tl.constexpr):
+    """The state after one more tile, whose outputs are stored."""
+    steps = tl.arange(0, BT)
+    tile = steps[:, None] * D + channels[None, :]
+    decay = tl.exp2(_load(g + base, tile, mask, MASKED) * LOG2E)
+    value = _load(x + base, tile, mask, MASKED)
+    value = tl.where((steps == 0)[:, None], decay * state[None, :] + value, value)
+    _, states = tl.associative_scan((decay, value), 0, _follow)
+    _store(out + base, tile, states, mask, MASKED)
+    return _last(states, BT)
 
 
 @triton.jit
@@ -135,16 +164,17 @@ def hgrn_forward_kernel(
     BD: tl.constexpr,
     VEC: tl.constexpr,
     STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """h_t = exp(g_t) h_{t−1} + x_t."""
     blocks: tl.constexpr = (D + BD - 1) // BD
+    narrow: tl.constexpr = D % BD != 0
     slot = tl.program_id(0) // blocks
     sequence, local, start, stop = _stretch(slot, table, bounds, T, SEGMENT, SEGMENTS, PACKED)
     if sequence >= 0:
-        steps = tl.arange(0, BT)
         channels = tl.max_contiguous(tl.program_id(0) % blocks * BD + tl.arange(0, BD), VEC)
+        real = (channels < D)[None, :]
         length = (stop - start).to(tl.int32)
+        whole = length // BT * BT
         state = tl.zeros((BD,), tl.float32)
         if initial is not None:
             state = tl.load(initial + sequence.to(tl.int64) * D + channels, channels < D, 0).to(tl.float32)
@@ -152,18 +182,50 @@ def hgrn_forward_kernel(
             for before in range(slot - local, slot):
                 place = before * D + channels
                 state = tl.load(decays + place, channels < D, 0) * state + tl.load(ends + place, channels < D, 0)
-        for t in tl.range(0, length, BT, num_stages=STAGES):
-            mask = (t + steps < length)[:, None] & (channels < D)[None, :]
-            base = (start + t) * D
-            tile = steps[:, None] * D + channels[None, :]
-            decay = tl.exp2(_load(g + base, tile, mask, EVEN) * LOG2E)
-            value = _load(x + base, tile, mask, EVEN)
-            value = tl.where((steps == 0)[:, None], decay * state[None, :] + value, value)
-            _, states = tl.associative_scan((decay, value), 0, _follow)
-            _store(out + base, tile, states, mask, EVEN)
-            state = tl.sum(tl.where((steps == BT - 1)[:, None], states, 0), 0)
+        for t in tl.range(0, whole, BT, num_stages=STAGES):
+            state = _forward_tile(x, g, out, (start + t) * D, channels, state, real, D, BT, narrow)
+        if whole < length:
+            inside = (whole + tl.arange(0, BT) < length)[:, None] & real
+            state = _forward_tile(x, g, out, (start + whole) * D, channels, state, inside, D, BT, True)
         if stop == (tl.load(bounds + sequence + 1) if PACKED else (sequence.to(tl.int64) + 1) * T):
             tl.store(final + sequence.to(tl.int64) * D + channels, state, channels < D)
+
+
+@triton.jit
+def _backward_tile(
+    g,
+    h,
+    out_grad,
+    x_grad,
+    g_grad,
+    base,
+    channels,
+    entering,
+    before,
+    mask,
+    first,
+    D,
+    BT: tl.constexpr,
+    MASKED: tl.constexpr,
+    AT_START: tl.constexpr,
+):
+    """What enters the tile before. AT_START: `first` [BT, 1] marks the row before which the state is `before`."""
+    steps = tl.arange(0, BT)
+    tile = (BT - 1 - steps)[:, None] * D + channels[None, :]
+    decay = tl.exp2(_load(g + base, tile, mask, MASKED) * LOG2E)
+    value = _load(out_grad + base, tile, mask, MASKED)
+    if AT_START:
+        past = _load(h + base - D, tile, mask & ~first, True)
+        past = tl.where(first, before[None, :], past)
+    else:
+        past = _load(h + base - D, tile, mask, MASKED)
+    value = tl.where((steps == 0)[:, None], value + entering[None, :], value)
+    between = tl.full(value.shape, 1.0, tl.float32)
+    _, grads, _ = tl.associative_scan((between, value, decay), 0, _follow_back)
+    passed = grads * decay
+    _store(x_grad + base, tile, grads, mask, MASKED)
+    _store(g_grad + base, tile, passed * past, mask, MASKED)
+    return _last(passed, BT)
 
 
 @triton.jit
@@ -189,15 +251,15 @@ def hgrn_backward_kernel(
     BD: tl.constexpr,
     VEC: tl.constexpr,
     STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """dx_t = dh_t + exp(g_{t+1}) dx_{t+1} and dg_t = dx_t exp(g_t) h_{t−1}, from the last step to the first."""
     blocks: tl.constexpr = (D + BD - 1) // BD
+    narrow: tl.constexpr = D % BD != 0
     slot = tl.program_id(0) // blocks
     sequence, local, start, stop = _stretch(slot, table, bounds, T, SEGMENT, SEGMENTS, PACKED)
     if sequence >= 0:
-        steps = tl.arange(0, BT)
         channels = tl.max_contiguous(tl.program_id(0) % blocks * BD + tl.arange(0, BD), VEC)
+        real = (channels < D)[None, :]
         length = (stop - start).to(tl.int32)
         own = sequence.to(tl.int64) * D + channels
         entering = tl.zeros((BD,), tl.float32)
@@ -215,24 +277,19 @@ def hgrn_backward_kernel(
         before = tl.zeros((BD,), tl.float32)
         if initial is not None:
             before = tl.load(initial + own, channels < D, 0).to(tl.float32)
-        for t in tl.range(0, length, BT, num_stages=STAGES):
-            origin = length - BT - t
-            step = BT - 1 - steps
-            mask = (origin + step >= 0)[:, None] & (channels < D)[None, :]
-            base = (start + origin) * D
-            tile = step[:, None] * D + channels[None, :]
-            decay = tl.exp2(_load(g + base, tile, mask, EVEN) * LOG2E)
-            value = _load(out_grad + base, tile, mask, EVEN)
-            earlier = (origin + step + local > 0)[:, None] & (channels < D)[None, :]
-            past = tl.load(h + base - D + tile, earlier & mask, 0).to(tl.float32)
-            if initial is not None:
-                past = tl.where((origin + step + local == 0)[:, None], before[None, :], past)
-            value = tl.where((steps == 0)[:, None], value + entering[None, :], value)
-            _, grads, _ = tl.associative_scan((tl.full((BT, BD), 1.0, tl.float32), value, decay), 0, _follow_back)
-            passed = grads * decay
-            _store(x_grad + base, tile, grads, mask, EVEN)
-            _store(g_grad + base, tile, passed * past, mask, EVEN)
-            entering = tl.sum(tl.where((steps == BT - 1)[:, None], passed, 0), 0)
+        whole = (length - 1) // BT * BT
+        for t in tl.range(0, whole, BT, num_stages=STAGES):
+            base = (start + length - BT - t) * D
+            entering = _backward_tile(
+                g, h, out_grad, x_grad, g_grad, base, channels, entering, before, real, real, D, BT, narrow, False
+            )
+        row = length - whole - 1 - tl.arange(0, BT)
+        inside = (row >= 0)[:, None] & real
+        first = (row + local == 0)[:, None]
+        base = (start + length - whole - BT) * D
+        entering = _backward_tile(
+            g, h, out_grad, x_grad, g_grad, base, channels, entering, before, inside, first, D, BT, True, True
+        )
         if (local == 0) & (initial_grad is not None):
             tl.store(initial_grad + own, entering, channels < D)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from fla_swap.kernels.scan.triton_selective import (
     selective_step_kernel,
 )
 
-PROGRAMS = 512
-"""With fewer warps than this, time is cut into segments: about four for every multiprocessor."""
+ENOUGH, WANTED = 512, 1024
+"""With fewer warps than the first, time is cut into segments, until there are about as many as the second."""
 SHORTEST_SEGMENT = 128
 
 Launch = Callable[..., None]
@@ -46,18 +46,20 @@ def launch_now(kernel: Any, programs: int, num_warps: int, **arguments: Any) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """BT steps × BD channels a tile; VEC channels next to each other in a thread; loads STAGES tiles ahead."""
+    """BT steps × BD channels a tile; VEC channels next to each other in a thread; loads STAGES tiles ahead; the
+    states in NG groups, one after the other."""
 
     steps: int
     channels: int
     warps: int
     stages: int
     vector: int = 1
+    groups: int = 1
 
 
-HGRN = Tile(steps=16, channels=64, warps=1, stages=3, vector=2)
-SELECTIVE = Tile(steps=8, channels=32, warps=1, stages=2)
-SELECTIVE_BACK = Tile(steps=4, channels=64, warps=4, stages=2)
+HGRN = Tile(steps=16, channels=128, warps=2, stages=3, vector=2)
+SELECTIVE = Tile(steps=8, channels=32, warps=1, stages=3)
+SELECTIVE_BACK = Tile(steps=4, channels=32, warps=2, stages=2, groups=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,6 @@ class Stretches:
 
     def place(self, tile: Tile) -> dict[str, Any]:
         """What every kernel needs to find its rows."""
-        aligned = self.time % self.segment == 0 and self.segment % tile.steps == 0
         return {
             "table": self.table,
             "bounds": self.bounds,
@@ -92,8 +93,12 @@ class Stretches:
             "BT": tile.steps,
             "BD": tile.channels,
             "STAGES": tile.stages,
-            "EVEN": aligned and self.channels % tile.channels == 0 and self.table is None,
         }
+
+    def even(self, tile: Tile) -> bool:
+        """Whether every tile is full."""
+        aligned = self.time % self.segment == 0 and self.segment % tile.steps == 0
+        return aligned and self.channels % tile.channels == 0 and self.table is None
 
     def programs(self, tile: Tile) -> int:
         return self.slots * -(-self.channels // tile.channels)
@@ -112,9 +117,8 @@ class Stretches:
 def stretches(x: Tensor, cu_seqlens: Tensor | None, tile: Tile) -> Stretches:
     """Choose the segments of x [B,T,D]. No host sync."""
     batch, time, channels = x.shape
-    warps = -(-channels // tile.channels) * tile.warps
-    lines = batch if cu_seqlens is None else 1
-    wanted = max(1, PROGRAMS // (warps * lines))
+    warps = -(-channels // tile.channels) * tile.warps * (batch if cu_seqlens is None else 1)
+    wanted = 1 if warps >= ENOUGH else -(-WANTED // warps)
     rounded = max(SHORTEST_SEGMENT, triton.next_power_of_2(-(-time // wanted)))
     segments = -(-time // rounded)
     if cu_seqlens is None:
@@ -277,14 +281,14 @@ def hgrn_step(x: Tensor, g: Tensor, state: Tensor, launch: Launch = launch_now) 
 
 def _sizes(s: Stretches, tile: Tile, states: int) -> dict[str, Any]:
     """`place` with the number of states."""
-    place, padded = s.place(tile), triton.next_power_of_2(states)
-    return place | {"N": states, "NP": padded, "EVEN": place["EVEN"] and padded == states}
+    padded = triton.next_power_of_2(states)
+    return s.place(tile) | {"N": states, "NP": padded, "EVEN": s.even(tile) and padded == states}
 
 
 def _tile(tile: Tile, states: int) -> Tile:
     """More warps for more states than 16, so that a thread holds as many as with 16."""
     more = max(1, triton.next_power_of_2(states) // 16)
-    return Tile(steps=tile.steps, channels=tile.channels, warps=min(tile.warps * more, 16), stages=tile.stages)
+    return replace(tile, warps=min(tile.warps * more, 16), groups=min(tile.groups, triton.next_power_of_2(states)))
 
 
 def selective_forward(
@@ -406,6 +410,7 @@ def selective_backward(
         totals=totals,
         ends=ends,
         ROWS=rows,
+        NG=tile.groups,
         NARROW=x.dtype != torch.float32 and not triton_interpreted(),
         **common,
     )

@@ -20,10 +20,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp x) without overflow; a series where 1 + exp x would lose what exp x is."""
+    """log(1 + exp x) without overflow: max(x, 0) + log1p(e) with e = exp(−|x|), as e times a polynomial (3e-7)."""
     e = tl.exp2(tl.abs(x) * -LOG2E)
-    series = e * (1 - e * (0.5 - e * (1 / 3 - e * (0.25 - e * 0.2))))
-    return tl.maximum(x, 0) + tl.where(e < 0.03, series, tl.log2(1 + e) * (1 / LOG2E))
+    p = e * -0.00837115255 + 0.0434938998
+    p = e * p - 0.106850029
+    p = e * p + 0.176874767
+    p = e * p - 0.244747742
+    p = e * p + 0.332719284
+    p = e * p - 0.499971745
+    p = e * p + 0.999999781
+    return tl.maximum(x, 0) + e * p
 
 
 @triton.jit
@@ -47,11 +53,11 @@ def _put(pointer, offsets, value, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _pick(states, BT: tl.constexpr, STEP: tl.constexpr):
-    """One step of a tile, [1, N, BD]. Adding zeros to integers costs nothing: the compiler drops it."""
-    step = tl.arange(0, BT)[:, None, None]
-    bits = states.to(tl.int32, bitcast=True)
-    return tl.sum(tl.where(step == STEP, bits, 0), 0, keep_dims=True).to(tl.float32, bitcast=True)
+def _pick(tile, SIZE: tl.constexpr, WHICH: tl.constexpr):
+    """tile[WHICH], [1, ·, ·] of [SIZE, ·, ·]. Adding zeros to integers costs nothing: the compiler drops it."""
+    line = tl.arange(0, SIZE)[:, None, None]
+    bits = tile.to(tl.int32, bitcast=True)
+    return tl.sum(tl.where(line == WHICH, bits, 0), 0, keep_dims=True).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -62,6 +68,12 @@ def _steps(dt, offsets, inside, bias, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr
     if not EVEN:
         delta = tl.where(inside, delta, 0)
     return raw, delta
+
+
+@triton.jit
+def _follow_both(decay_1, kept_1, added_1, decay_2, kept_2, added_2):
+    """Two stretches of time; the state after each is what its last step `kept` of the one before, and `added`."""
+    return decay_1 * decay_2, decay_2 * (kept_1 + added_1) + kept_2, added_2
 
 
 @triton.jit
@@ -231,9 +243,9 @@ def selective_ends_back_kernel(
 
 
 @triton.jit
-def _over_channels(products, ones, BT: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, NARROW: tl.constexpr):
-    """Σ over the program's channels, [BT·NP]. NARROW: as a matrix product, in bf16 summed in fp32."""
-    rows = tl.reshape(products, (BT * NP, BD))
+def _over_channels(products, ones, BT: tl.constexpr, NH: tl.constexpr, BD: tl.constexpr, NARROW: tl.constexpr):
+    """Σ over the program's channels, [BT·NH]. NARROW: as a matrix product, in bf16 summed in fp32."""
+    rows = tl.reshape(products, (BT * NH, BD))
     if NARROW:
         return tl.sum(tl.dot(rows.to(tl.bfloat16), ones), 1)
     else:
@@ -278,13 +290,15 @@ def selective_backward_kernel(
     SOFTPLUS: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    NG: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     NARROW: tl.constexpr,
 ):
     """All gradients of a stretch, from its last tile to its first; those of A, D and the bias as one part per slot,
-    those of B and C as one part per block of channels."""
+    those of B and C as one part per block of channels. The states come in NG groups, so that registers suffice."""
     blocks: tl.constexpr = (D + BD - 1) // BD
+    NH: tl.constexpr = NP // NG
     slot = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     sequence, local, start, stop = _stretch(slot, table, bounds, T, SEGMENT, SEGMENTS, PACKED)
@@ -292,7 +306,8 @@ def selective_backward_kernel(
         batch = 0 if PACKED else sequence
         line = 0 if PACKED else sequence.to(tl.int64) * T
         step = tl.arange(0, BT)[:, None, None]
-        n = tl.arange(0, NP)[None, :, None]
+        group = tl.arange(0, NG)[:, None, None]
+        n = group * NH + tl.arange(0, NH)[None, :, None]
         d = block * BD + tl.arange(0, BD)[None, None, :]
         pair = (n < N) & (d < D)
         rates = tl.load(A + d * N + n, pair, 0).to(tl.float32) * LOG2E
@@ -302,7 +317,7 @@ def selective_backward_kernel(
         own = (sequence.to(tl.int64) * D + d) * N + n
         origin = (start - line).to(tl.int32)
         end = (stop - line).to(tl.int32)
-        entering = tl.zeros((1, NP, BD), tl.float32)
+        entering = tl.zeros((NG, NH, BD), tl.float32)
         if final_grad is not None:
             entering = tl.load(final_grad + own, pair, 0).to(tl.float32)
         if ends is not None:
@@ -315,68 +330,81 @@ def selective_backward_kernel(
                 place = (slot + after - m) * D + d
                 total = tl.load(totals + place, d < D, 0)
                 entering = tl.exp2(total * rates) * entering + tl.load(ends + place * N + n, pair, 0)
-        first = tl.zeros((1, NP, BD), tl.float32)
-        if initial is not None:
-            first = tl.load(initial + own, pair, 0).to(tl.float32)
         ones = (tl.arange(0, 16)[None, :] + tl.zeros((BD, 1), tl.int32) == 0).to(tl.bfloat16)
-        line_number = tl.arange(0, BT * NP)
-        row, column = line_number // NP, line_number % NP
-        rate_sum = tl.zeros((1, NP, BD), tl.float32)
+        number = tl.arange(0, BT * NH)
+        row, column = number // NH, number % NH
+        rate_sum = tl.zeros((NG, NH, BD), tl.float32)
         skip_sum = tl.zeros((1, 1, BD), tl.float32)
         bias_sum = tl.zeros((1, 1, BD), tl.float32)
         tiles = (end + BT - 1) // BT - origin // BT
         for i in tl.range(0, tiles, num_stages=STAGES):
             t = (origin // BT + tiles - 1 - i) * BT
             live = (t + step >= origin) & (t + step < end)
+            rows_live = (t + row >= origin) & (t + row < end)
             inside = live & (d < D)
-            mixed = live & (n < N)
             base = (line + t) * D
             tile = step * D + d
             low = (line + t) * N
-            small = step * N + n
             raw, delta = _steps(dt + base, tile, inside, shift, SOFTPLUS, EVEN)
             value = _get(x + base, tile, inside, EVEN)
             grad = _get(out_grad + base, tile, inside, EVEN)
-            write = _get(B + low, small, mixed, EVEN)
-            read = _get(C + low, small, mixed, EVEN)
-            chunk = batch * ((T + BT - 1) // BT) + t // BT
-            state = tl.load(saved + (chunk.to(tl.int64) * N + n) * D + d, pair, 0).to(tl.float32)
-            if (t <= origin) & (local == 0):
-                state = first
-            u = delta * value
-            decay = tl.exp2(delta * rates)
-            states = u * write
-            kept = tl.zeros((BT, NP, BD), tl.float32)
-            for j in tl.static_range(BT):
-                now = _pick(decay, BT, j) * state
-                kept = tl.where(step == j, now, kept)
-                state = now + _pick(states, BT, j)
-            states += kept
+            y = tl.zeros((BT, 1, BD), tl.float32)
+            gate = tl.zeros((BT, 1, BD), tl.float32)
+            opened = tl.zeros((BT, 1, BD), tl.float32)
+            y_grad = grad
             if z is not None:
                 gate = _get(z + base, tile, inside, EVEN)
                 opened = _sigmoid(gate)
-                y = tl.sum(states * read, 1, keep_dims=True)
-                if skip is not None:
-                    y += tl.load(skip + d, d < D, 0).to(tl.float32) * value
-                _put(z_grad + base, tile, grad * y * opened * (1 + gate * (1 - opened)), inside, EVEN)
-                grad *= gate * opened
-            part = (block * ROWS + line + t) * N + row * N + column
-            rows_live = (t + row >= origin) & (t + row < end) & (column < N)
-            tl.store(C_part + part, _over_channels(states * grad, ones, BT, NP, BD, NARROW), rows_live)
-            grads = grad * read
-            for j in tl.static_range(BT):
-                now = _pick(grads, BT, BT - 1 - j) + entering
-                grads = tl.where(step == BT - 1 - j, now, grads)
-                entering = _pick(decay, BT, BT - 1 - j) * now
-            tl.store(B_part + part, _over_channels(grads * u, ones, BT, NP, BD, NARROW), rows_live)
-            u_grad = tl.sum(grads * write, 1, keep_dims=True)
-            kept *= grads
-            delta_grad = tl.sum(kept * rates, 1, keep_dims=True) * (1 / LOG2E) + u_grad * value
-            rate_sum += tl.sum(kept * delta, 0, keep_dims=True)
+                y_grad = grad * gate * opened
+            u = delta * value
+            u_grad = tl.zeros((BT, 1, BD), tl.float32)
+            delta_grad = tl.zeros((BT, 1, BD), tl.float32)
+            chunk = (batch * ((T + BT - 1) // BT) + t // BT).to(tl.int64) * N
+            for g in tl.static_range(NG):
+                states_here = g * NH + tl.arange(0, NH)[None, :, None]
+                mixed = live & (states_here < N)
+                write = _get(B + low, step * N + states_here, mixed, EVEN)
+                read = _get(C + low, step * N + states_here, mixed, EVEN)
+                there = (states_here < N) & (d < D)
+                state = tl.load(saved + (chunk + states_here) * D + d, there, 0).to(tl.float32)
+                if (t <= origin) & (local == 0):
+                    if initial is not None:
+                        place = (sequence.to(tl.int64) * D + d) * N + states_here
+                        state = tl.load(initial + place, there, 0).to(tl.float32)
+                    else:
+                        state = tl.zeros((1, NH, BD), tl.float32)
+                rate = _pick(rates, NG, g)
+                decay = tl.exp2(delta * rate)
+                states = u * write
+                kept = tl.where(step == 0, decay * state, tl.zeros((BT, NH, BD), tl.float32))
+                _, kept, states = tl.associative_scan((decay, kept, states), 0, _follow_both)
+                states += kept
+                if z is not None:
+                    y += tl.sum(states * read, 1, keep_dims=True)
+                part = (block * ROWS + line + t) * N + row * N + g * NH + column
+                wanted = rows_live & (g * NH + column < N)
+                tl.store(C_part + part, _over_channels(states * y_grad, ones, BT, NH, BD, NARROW), wanted)
+                grads = y_grad * read
+                back = _pick(entering, NG, g)
+                for j in tl.static_range(BT):
+                    now = _pick(grads, BT, BT - 1 - j) + back
+                    grads = tl.where(step == BT - 1 - j, now, grads)
+                    back = _pick(decay, BT, BT - 1 - j) * now
+                entering = tl.where(group == g, back, entering)
+                tl.store(B_part + part, _over_channels(grads * u, ones, BT, NH, BD, NARROW), wanted)
+                u_grad += tl.sum(grads * write, 1, keep_dims=True)
+                kept *= grads
+                delta_grad += tl.sum(kept * rate, 1, keep_dims=True)
+                rate_sum += tl.where(group == g, tl.sum(kept * delta, 0, keep_dims=True), 0)
+            delta_grad = delta_grad * (1 / LOG2E) + u_grad * value
             value_grad = u_grad * delta
             if skip is not None:
-                value_grad += tl.load(skip + d, d < D, 0).to(tl.float32) * grad
-                skip_sum += tl.sum(grad * value, 0, keep_dims=True)
+                weight = tl.load(skip + d, d < D, 0).to(tl.float32)
+                value_grad += weight * y_grad
+                skip_sum += tl.sum(y_grad * value, 0, keep_dims=True)
+                y += weight * value
+            if z is not None:
+                _put(z_grad + base, tile, grad * y * opened * (1 + gate * (1 - opened)), inside, EVEN)
             if SOFTPLUS:
                 delta_grad *= _sigmoid(raw)
             if not EVEN:

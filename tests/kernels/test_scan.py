@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +33,14 @@ CASES: dict[str, tuple[Callable, Callable, Callable, dict[str, Any]]] = {
     "bare": (selective_scan, reference.selective_scan_reference, reference.make_selective_scan(2, bare=True), {}),
 }
 STEPS = {hgrn: hgrn_step, selective_scan: selective_scan_step}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter scans element by element: narrow tiles run the same code in a tenth of the time."""
+    for name, steps, channels in (("HGRN", 8, 8), ("SELECTIVE", 8, 4), ("SELECTIVE_BACK", 4, 4)):
+        tile = dataclasses.replace(getattr(triton_impl, name), steps=steps, channels=channels)
+        monkeypatch.setattr(triton_impl, name, tile)
 
 
 def make(case: str, time: int, width: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -99,7 +108,7 @@ def test_triton_equals_the_float64_loop(case: str, time: int) -> None:
 @EVERY
 def test_triton_with_whole_tiles_of_channels(case: str) -> None:
     """Two blocks of channels, rows, channels and states that divide: no mask."""
-    inputs = make(case, 16, width=64)
+    inputs = make(case, 16, width=8)
     assert_close(got(case, inputs, implementation="triton"), exact(case, inputs))
 
 
