@@ -237,7 +237,7 @@ def calibrated(kind: Kind) -> str:
     assert all(layer.after <= 1.01 * layer.before for layer in layers), layers
     assert any(layer.kept for layer in layers) or all(layer.before < 1e-4 for layer in layers), layers
     worst = max(layers, key=lambda layer: layer.after)
-    return f"{worst.before:.2f} → {worst.after:.2f}"
+    return f"{worst.before:.2g} → {worst.after:.2g}"
 
 
 def model_of(kind: Kind, **options: Any) -> Any:
