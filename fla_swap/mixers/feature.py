@@ -52,6 +52,8 @@ class FeatureMixer(PartedMixer):
         config = self.config
         if config.window is not None and config.window < 1:
             raise MixerError(f"{self.name}: window counts the token itself and must be at least 1, got {config.window}")
+        if config.eps < 0 or (config.window and not config.eps):
+            raise MixerError(f"{self.name}: eps must be at least 0, and above with a window, got {config.eps}")
         self.window_logit = nn.Parameter(torch.zeros(self.heads)) if config.window else None
         self.scale = self.default_scale() if config.scale is None else config.scale
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from fla_swap.errors import KernelError
 from fla_swap.kernels.common import check_cu_seqlens, check_shape, choose_implementation
 from fla_swap.kernels.decay.ops import gla, gla_step
+from fla_swap.kernels.decay.slot_softmax import slot_softmax
 from fla_swap.kernels.decay.slot_writes import slot_writes
 from fla_swap.kernels.decay.slots_reference import abc_reference, gsa_reference
 
@@ -88,7 +89,7 @@ def gsa(
         implementation=implementation,
     )
     o, values = gla(
-        slot_softmax(scores),
+        slot_softmax(scores, implementation),
         s,
         v,
         g,
@@ -126,7 +127,9 @@ def gsa_step(
     k, v, s, g = (_first_of_group(x, groups) for x in (k, v, s.to(q.dtype), g))
     line = _group_as_steps(q, groups)
     scores = gla_step(line, k, s, gv=g, state=state[0], scale=scale, implementation=implementation)
-    o = gla_step(slot_softmax(scores), s, v, g, state=state[1], scale=1.0, implementation=implementation)
+    o = gla_step(
+        slot_softmax(scores, implementation), s, v, g, state=state[1], scale=1.0, implementation=implementation
+    )
     return _steps_as_group(o, groups)
 
 
@@ -189,12 +192,6 @@ def abc_step(
         o = gsa_step(q, k, v, weights, g, state=state[:2], scale=scale, implementation=implementation)
         state[2].copy_(last)
     return o
-
-
-def slot_softmax(scores: Tensor) -> Tensor:
-    """Softmax over the slots, computed in fp32 (or float64), in the dtype of `scores` [B,T,HQ,M]."""
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    return torch.softmax(scores, -1, dtype=dtype).to(scores.dtype)
 
 
 def check_slots(q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fla_swap.errors import KernelError
+from fla_swap.kernels.decay import slot_softmax as softmax
 from fla_swap.kernels.decay import slot_writes as writes
+from fla_swap.kernels.decay.slot_softmax import slot_softmax
 from fla_swap.kernels.decay.slot_writes import slot_writes
 from fla_swap.kernels.decay.slots import abc, abc_step, gsa, gsa_step
 from fla_swap.kernels.decay.slots_reference import abc_reference, gsa_reference
@@ -221,7 +223,20 @@ def test_nothing_is_read_before_it_is_written(name: str, implementation: str) ->
     assert_close(got, exact(name, inputs, **options))
 
 
+@BOTH
+def test_softmax_over_the_slots(implementation: str) -> None:
+    """Equal to PyTorch's, gradient too; the largest scores do not overflow."""
+    scores = (30 * torch.randn(1, 41, 2, 7, generator=torch.Generator().manual_seed(7))).requires_grad_()
+    grad = torch.randn(scores.shape, generator=torch.Generator().manual_seed(8))
+    expected = scores.softmax(-1)
+    p = slot_softmax(scores, implementation)
+    torch.testing.assert_close(p, expected)
+    wanted = torch.autograd.grad(expected, scores, grad)
+    torch.testing.assert_close(torch.autograd.grad(p, scores, grad), wanted)
+
+
 def test_opcheck() -> None:
+    torch.library.opcheck(softmax.slot_softmax_fwd, (torch.randn(1, 2, 1, 3, requires_grad=True), "torch"))
     s, initial = torch.randn(2, 5, 2, 3, requires_grad=True), torch.randn(2, 2, 3, requires_grad=True)
     starts = torch.zeros(2, 5, dtype=torch.bool)
     torch.library.opcheck(writes.slot_writes_fwd, (s, initial, starts, None, "torch"))

@@ -9,16 +9,27 @@ import torch
 from torch.nn import functional as F
 
 from fla_swap.errors import MixerError
+from fla_swap.kernels.feature.maps import hedgehog_features
 from fla_swap.mixers import (
+    ABC,
     GLA,
+    GSA,
     HGRN2,
     RWKV6,
+    ABCConfig,
+    Based,
+    BasedConfig,
     GLAConfig,
+    GSAConfig,
+    Hedgehog,
+    HedgehogConfig,
     HGRN2Config,
     Lightning,
     LightningConfig,
     Mamba2,
     Mamba2Config,
+    Rebased,
+    RebasedConfig,
     RetNet,
     RetNetConfig,
     RWKV6Config,
@@ -193,3 +204,90 @@ def test_a_half_life_below_the_bound_becomes_the_shortest_possible():
     gate = HGRN2(HGRN2Config(hidden_size=D, num_heads=1, lower_bound=0.5))
     gate.set_half_life_(torch.tensor([0.5]))
     assert math.isclose(gate.decay(torch.zeros(1, 1, D)).exp().mean(), 0.5, abs_tol=1e-3)
+
+
+def test_gsa_is_the_papers_layer():
+    """Swish on q, k, v and on the output, g = logsigmoid(W x) / 8, a norm over all heads."""
+    mixer, x = randomised(GSA(GSAConfig.paper(hidden_size=D, num_heads=H, num_slots=5)))
+    q, k, v = (F.silu(y) for y in heads(mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)))
+    alpha = (x @ mixer.f_proj.weight.T).sigmoid().pow(1 / 8).unflatten(-1, (H, 5))
+    keys, values = torch.zeros(2, B, H, 5, D // H, dtype=torch.float64)
+    rows = []
+    for t in range(T):
+        keys = alpha[:, t, :, :, None] * keys + (1 - alpha[:, t])[..., None] * k[:, t, :, None]
+        values = alpha[:, t, :, :, None] * values + (1 - alpha[:, t])[..., None] * v[:, t, :, None]
+        p = (torch.einsum("bhmk,bhk->bhm", keys, q[:, t]) * (D // H) ** -0.5).softmax(-1)
+        rows.append(torch.einsum("bhm,bhmv->bhv", p, values))
+    o = rms(F.silu(torch.stack(rows, 1)).flatten(2)) * mixer.head_scale.flatten()
+    assert mixer.f_proj.bias is None and mixer.gate is None
+    same(mixer(x)[0], mixer.o_proj(o))
+
+
+def test_abc_is_the_papers_layer():
+    """Slots are means of the keys and values so far under learned weights exp(W x)."""
+    mixer, x = randomised(ABC(ABCConfig.paper(hidden_size=D, num_heads=H, num_slots=5)))
+    q, k, v = heads(mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x))
+    s = mixer.s_proj(x).unflatten(-1, (H, 5))
+    rows = []
+    for t in range(T):
+        weights = s[:, : t + 1].softmax(1)
+        keys, values = (torch.einsum("bjhm,bjhk->bhmk", weights, y[:, : t + 1]) for y in (k, v))
+        p = (torch.einsum("bhmk,bhk->bhm", keys, q[:, t]) * (D // H) ** -0.5).softmax(-1)
+        rows.append(torch.einsum("bhm,bhmv->bhv", p, values))
+    same(mixer(x)[0], mixer.o_proj(torch.stack(rows, 1).flatten(2) * mixer.head_scale.flatten()))
+
+
+def attended(weights, v):
+    """Σ_j weights_tj v_j / Σ_j weights_tj over j ≤ t; weights [B, H, T, T]."""
+    weights = weights.tril()
+    return torch.einsum("bhts,bshv->bthv", weights / weights.sum(-1, keepdim=True), v)
+
+
+@pytest.mark.parametrize("kind", ["based", "rebased"])
+def test_based_and_rebased_are_the_papers_layers(kind):
+    """q and k of few channels, v of the full width; ReBased norms q and k, scales and moves them."""
+    taylor = kind == "based"
+    config = BasedConfig if taylor else RebasedConfig
+    layer = (Based if taylor else Rebased)(config.paper(hidden_size=D, num_heads=H, feature_dim=2, eps=0.0))
+    mixer, x = randomised(layer)
+    q, k, v = heads(mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x))
+    assert q.shape[-1] == 2 and v.shape[-1] == D // H and mixer.q_map is None
+    if not taylor:
+        q = F.layer_norm(q, (2,)) * mixer.q_gamma + mixer.q_beta
+        k = F.layer_norm(k, (2,)) * mixer.k_gamma + mixer.k_beta
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * 2**-0.5
+    o = attended(1 + scores + scores**2 / 2 if taylor else scores**2, v)
+    same(mixer(x)[0], mixer.o_proj(o.flatten(2) * mixer.head_scale.flatten()))
+
+
+def test_hedgehog_is_the_papers_layer():
+    mixer, x = randomised(Hedgehog(HedgehogConfig.paper(hidden_size=D, num_heads=H, eps=0.0)))
+    q, k, v = heads(mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x))
+
+    def features(y, weight):
+        z = torch.einsum("bthk,hfk->bthf", y, weight)
+        return torch.cat((z.softmax(-1), (-z).softmax(-1)), -1)
+
+    weights = torch.einsum("bthf,bshf->bhts", features(q, mixer.q_map), features(k, mixer.k_map))
+    same(mixer(x)[0], mixer.o_proj(attended(weights, v).flatten(2) * mixer.head_scale.flatten()))
+
+
+@pytest.mark.parametrize("kind", ["hedgehog", "based"])
+def test_a_window_and_features_share_one_denominator(kind):
+    """γ exp(s) for the last three tokens, features for older ones (LoLCATs' equation)."""
+    sizes = {"hidden_size": D, "num_heads": H, "window": 3, "eps": 1e-12, "output_gate": None}
+    if kind == "hedgehog":
+        mixer, x = randomised(Hedgehog(HedgehogConfig(**sizes)))
+    else:
+        mixer, x = randomised(Based(BasedConfig(feature_dim=2, head_dim=4, v_head_dim=4, **sizes)))
+    q, k, v = heads(mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x))
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * 4**-0.5
+    if kind == "hedgehog":
+        mapped_q, mapped_k = hedgehog_features(q, mixer.q_map), hedgehog_features(k, mixer.k_map)
+        weights = torch.einsum("bthf,bshf->bhts", mapped_q, mapped_k)
+    else:
+        s = torch.einsum("bthk,bshk->bhts", *mixer.channels(q, k)) * 4**-0.5
+        weights = 1 + s + s**2 / 2
+    age = torch.arange(T)[:, None] - torch.arange(T)
+    weights = torch.where(age < 3, mixer.window_logit.exp()[:, None, None] * scores.exp(), weights)
+    same(mixer(x)[0], mixer.o_proj(attended(weights, v).flatten(2) * mixer.head_scale.flatten()), 1e-6)
