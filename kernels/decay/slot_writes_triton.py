@@ -147,7 +147,7 @@ def _ahead(weight, g, weight_grad, g_grad, offsets, inside):
 def _place(shape: torch.Size, cu_seqlens: Tensor | None) -> tuple[tuple[int, ...], dict[str, Any]]:
     """(programs, arguments): which rows a program walks."""
     batch, time, heads, slots = shape
-    block = min(64, triton.next_power_of_2(slots))
+    block = min(32, triton.next_power_of_2(slots))
     blocks = -(-slots // block)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     place = {"bounds": cu_seqlens, "T": time, "H": heads, "M": slots, "BLOCKS": blocks, "C": CHUNK, "BLOCK": block}

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from fla_swap.errors import KernelError
 from fla_swap.kernels.common import chunk_bound, chunk_table, triton_interpreted
-from fla_swap.kernels.decay import slot_softmax_triton, slot_writes_triton
 from fla_swap.kernels.decay.triton_kernels import (
     carry_kernel,
     combine_kernel,
@@ -415,8 +414,6 @@ def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
             for gated, packed in ((True, False), (False, False), (True, True)):
                 _record_calls(dtype, width, gated, packed, record)
     yield from found.values()
-    yield from slot_softmax_triton.configurations()
-    yield from slot_writes_triton.configurations()
 
 
 def _record_calls(dtype: torch.dtype, width: int, gated: bool, packed: bool, record: Launch) -> None:

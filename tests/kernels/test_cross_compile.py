@@ -27,6 +27,8 @@ MODULES = sorted(
 STACK_LIMITS = {
     ("decay.simple_triton", True): 800,
     ("decay.simple_triton", False): 32,
+    ("decay.slot_softmax_triton", True): 0,
+    ("decay.slot_softmax_triton", False): 0,
     ("decay.slot_writes_triton", True): 32,
     ("decay.slot_writes_triton", False): 320,
     ("decay.triton_impl", True): 32,
