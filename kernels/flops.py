@@ -122,7 +122,7 @@ FORMULAS: dict[str, Callable[[Arguments], float]] = {
     "linear_kl": _linear_loss,
     "linear_cross_entropy": _linear_loss,
 }
-"""By the name of the custom operator; what moves data only (slot writes) has none."""
+"""By the name of the custom operator; what has no products (a softmax over slots) is not counted."""
 
 
 def register() -> None:

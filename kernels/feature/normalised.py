@@ -46,7 +46,7 @@ def normalised(
     )
     above, below = o[..., :-1].to(wide_dtype), o[..., -1].to(wide_dtype)
     o = (above / (below + eps).unsqueeze(-1)).to(v.dtype)
-    return o, below, None if final is None else (final[..., :-1], final[..., -1])
+    return o, below, None if final is None else (final[..., :-1].contiguous(), final[..., -1].contiguous())
 
 
 def normalised_step(

@@ -112,6 +112,7 @@ def test_a_compiled_step_updates_the_state_in_place(name):
     inputs = {n: x.detach() for n, x in operator.inputs(1).items() if n != "initial_state"}
     options = {n: x for n, x in operator.options.items() if n != "output_final_state"}
     start = operator.function(**inputs, **operator.options)[1]
+    assert all(x.is_contiguous() for x in tree_leaves(start))  # what a pass leaves, a step takes
     eager, compiled = (tree_map_only(Tensor, torch.clone, start) for _ in range(2))
     with torch.no_grad():
         wanted = step(**inputs, **options, state=eager)
@@ -164,7 +165,7 @@ def test_operations_are_counted_forward_and_backward(name):
 
 def test_every_custom_operator_has_a_formula():
     names = {n.removeprefix("fla_swap::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("fla_swap::")}
-    assert names - set(FORMULAS) == {"slot_writes_fwd", "slot_writes_bwd"}
+    assert all(name.startswith("slot_") for name in names - set(FORMULAS))  # weights and softmax: no products
 
 
 @pytest.mark.parametrize(
