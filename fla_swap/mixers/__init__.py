@@ -6,12 +6,14 @@ from fla_swap.errors import MixerError
 from fla_swap.mixers.abc import ABC, ABCConfig
 from fla_swap.mixers.base import MixerConfig, State, TokenMixer
 from fla_swap.mixers.based import Based, BasedConfig
+from fla_swap.mixers.deltanet import DeltaNet, DeltaNetConfig
 from fla_swap.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from fla_swap.mixers.gla import GLA, GLAConfig
 from fla_swap.mixers.gsa import GSA, GSAConfig
 from fla_swap.mixers.hedgehog import Hedgehog, HedgehogConfig
 from fla_swap.mixers.hgrn import HGRN, HGRNConfig
 from fla_swap.mixers.hgrn2 import HGRN2, HGRN2Config
+from fla_swap.mixers.kda import KDA, KDAConfig
 from fla_swap.mixers.lightning import Lightning, LightningConfig
 from fla_swap.mixers.mamba import Mamba, MambaConfig
 from fla_swap.mixers.mamba2 import Mamba2, Mamba2Config
@@ -37,7 +39,9 @@ MIXERS: tuple[type[TokenMixer], ...] = (
     Based,
     Rebased,
     Hedgehog,
+    DeltaNet,
     GatedDeltaNet,
+    KDA,
 )
 
 
@@ -55,11 +59,14 @@ __all__ = [
     "GSA",
     "HGRN",
     "HGRN2",
+    "KDA",
     "MIXERS",
     "RWKV6",
     "ABCConfig",
     "Based",
     "BasedConfig",
+    "DeltaNet",
+    "DeltaNetConfig",
     "GLAConfig",
     "GSAConfig",
     "GatedDeltaNet",
@@ -68,6 +75,7 @@ __all__ = [
     "HGRNConfig",
     "Hedgehog",
     "HedgehogConfig",
+    "KDAConfig",
     "Lightning",
     "LightningConfig",
     "Mamba",

@@ -13,24 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fla_swap.errors import MixerError
 from fla_swap.kernels.delta.ops import gated_delta_rule, gated_delta_rule_step
 from fla_swap.mixers.base import wide
+from fla_swap.mixers.delta import DeltaConfig, DeltaMixer
 from fla_swap.mixers.parts import Tokens, inverse_softplus, log_decay_of
-from fla_swap.mixers.recurrent import RecurrentConfig, RecurrentMixer
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaNetConfig(RecurrentConfig):
-    """Options of Gated DeltaNet; see also `RecurrentConfig`.
+class GatedDeltaNetConfig(DeltaConfig):
+    """Options of Gated DeltaNet; see `DeltaConfig`.
 
     `GatedDeltaNetConfig.paper` is the paper's layer; the defaults are what a swap starts best from.
-
-    Args:
-        scale: None means 1: q and k have unit length, so that reading a key's own value gives it back.
-        qk_l2norm: make q and k unit vectors; without it keys longer than 1 make the recurrence unstable.
-        negative_eigenvalues: β up to 2 (2411.12537) instead of 1.
-        init_beta: write strength at the start.
     """
 
     PAPER: ClassVar[Mapping[str, Any]] = {
@@ -42,13 +35,8 @@ class GatedDeltaNetConfig(RecurrentConfig):
         "use_rope": False,
     }
 
-    conv_size: int | None = 4
-    qk_l2norm: bool = True
-    negative_eigenvalues: bool = False
-    init_beta: float = 0.5
 
-
-class GatedDeltaNet(RecurrentMixer):
+class GatedDeltaNet(DeltaMixer):
     """Gated delta rule; g = −exp(A_log) · softplus(a_proj(x) + dt_bias), β = sigmoid(b_proj(x)), both per head."""
 
     name = "gated_deltanet"
@@ -57,43 +45,27 @@ class GatedDeltaNet(RecurrentMixer):
 
     def __init__(self, config: GatedDeltaNetConfig):
         super().__init__(config)
-        assert config.hidden_size
-        limit = 2.0 if config.negative_eigenvalues else 1.0
-        if not 0 < config.init_beta < limit:
-            raise MixerError(f"init_beta must lie between 0 and {limit}, got {config.init_beta}")
-        self.scale = 1.0 if config.scale is None else config.scale
-        self.beta_limit = limit
-        self.a_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
-        self.b_proj = nn.Linear(config.hidden_size, self.heads)
+        assert self.config.hidden_size
+        self.a_proj = nn.Linear(self.config.hidden_size, self.heads, bias=False)
         self.A_log = nn.Parameter(torch.zeros(self.heads))
         self.dt_bias = nn.Parameter(torch.zeros(self.heads))
         self.reset_gates()
 
     @torch.no_grad()
-    def reset_gates(self) -> None:
+    def reset_decay(self) -> None:
         self.a_proj.weight.zero_()
-        self.b_proj.weight.zero_()
         self.A_log.zero_()
         self.set_half_life_(self.half_lives())
-        self.set_beta_(torch.full((self.heads,), self.config.init_beta))
 
     @torch.no_grad()
     def set_half_life_(self, tokens: Tensor) -> None:
         rate = -log_decay_of(wide(tokens).to(self.A_log.device)) / wide(self.A_log).exp()
         self.dt_bias.copy_(inverse_softplus(rate))
 
-    @torch.no_grad()
-    def set_beta_(self, beta: Tensor) -> None:
-        self.b_proj.bias.copy_(torch.logit(wide(beta) / self.beta_limit))
-
     def decay(self, x: Tensor) -> Tensor:
         """Log decay g [B, T, H] in fp32 or wider."""
         rate = F.softplus(wide(self.a_proj(x)) + wide(self.dt_bias))
         return -wide(self.A_log).exp() * rate
-
-    def beta(self, x: Tensor) -> Tensor:
-        """Write strength β [B, T, H] in fp32 or wider."""
-        return self.beta_limit * wide(self.b_proj(x)).sigmoid()
 
     def recur(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, initial: Tensor | None, *, decode: bool

@@ -9,12 +9,14 @@ from fla_swap.mixers import (
     MIXERS,
     ABCConfig,
     BasedConfig,
+    DeltaNetConfig,
     GatedDeltaNetConfig,
     GLAConfig,
     GSAConfig,
     HedgehogConfig,
     HGRN2Config,
     HGRNConfig,
+    KDAConfig,
     LightningConfig,
     Mamba2Config,
     MambaConfig,
@@ -44,6 +46,18 @@ CONFIGS = {
     "gated_deltanet_all": GatedDeltaNetConfig(
         expand_kv=False, conv_activation="silu", qk_activation="silu", output_norm=True, output_gate="swish",
         negative_eigenvalues=True, q_norm=NORM, k_norm=NORM, norm_after_rope=True, k_bias=True, **HEADS,
+    ),
+    "gated_deltanet_shared": GatedDeltaNetConfig(
+        num_qk_heads=2, hidden_size=24, num_heads=4, head_dim=8, v_head_dim=6, rope=ROPE
+    ),
+    "deltanet": DeltaNetConfig(**HEADS),
+    "deltanet_all": DeltaNetConfig.paper(
+        hidden_size=24, num_heads=4, num_qk_heads=2, conv_size=3, negative_eigenvalues=True
+    ),
+    "kda": KDAConfig(**HEADS),
+    "kda_all": KDAConfig.paper(
+        hidden_size=24, num_heads=4, expand_kv=False, num_kv_heads=2, decay_rank=3, gate_rank=4,
+        negative_eigenvalues=True,
     ),
     "retnet": RetNetConfig(**HEADS),
     "retnet_all": RetNetConfig.paper(
@@ -90,7 +104,8 @@ CLASSES = {mixer.name: mixer for mixer in MIXERS}
 def build(case: str, dtype: torch.dtype = torch.float64):
     """A mixer of this case whose parameters are all random (gates and convolutions included)."""
     torch.manual_seed(0)
-    mixer = CLASSES[case.removesuffix("_all").removesuffix("_bound").removesuffix("_window")](CONFIGS[case]).to(dtype)
+    name = next(name for name in sorted(CLASSES, key=len, reverse=True) if case == name or case.startswith(f"{name}_"))
+    mixer = CLASSES[name](CONFIGS[case]).to(dtype)
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -17,6 +17,7 @@ from fla_swap.mixers import (
     MIXERS,
     RWKV6,
     Based,
+    DeltaNet,
     GatedDeltaNet,
     GatedDeltaNetConfig,
     GLAConfig,
@@ -39,7 +40,7 @@ from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, Norm, Pro
 D, H, HK, K, V = 24, 4, 2, 8, 6
 RECURRENT = [mixer for mixer in MIXERS if issubclass(mixer, RecurrentMixer)]
 STATEFUL = [mixer for mixer in MIXERS if issubclass(mixer, StatefulMixer)]
-WITHOUT_DECAY = [ABC, Based, Rebased, Hedgehog]
+WITHOUT_DECAY = [ABC, Based, Rebased, Hedgehog, DeltaNet]
 
 
 def projection(name: str) -> Projection:
