@@ -375,6 +375,7 @@ def _gate_grad(p: Problem, g: Tensor, gained: Tensor, lost: Tensor, boundary: Te
         grad=per_step,
         GAINED=gained.shape[0],
         LOST=lost.shape[0],
+        BX=boundary.shape[3],
         **place,
     )
     _zero_tail(p, per_step)
@@ -450,7 +451,7 @@ def _flows(p: Problem, q: Tensor, v: Tensor) -> tuple[Flow, Flow]:
     kept = q.new_empty((resets, p.value_heads, p.value_width, p.width))
     lost = q.new_empty((lost_blocks, *sizes), dtype=torch.float32)
     gained = q.new_empty((gained_blocks, *sizes), dtype=torch.float32)
-    boundary = q.new_empty((resets, p.value_heads, gained_blocks), dtype=torch.float32)
+    boundary = q.new_empty((resets, p.value_heads, gained_blocks, p.padded(p.width)), dtype=torch.float32)
     return (
         Flow(partner=q, flow=lost, states=kept),
         Flow(partner=v, flow=gained, states=kept, boundary=boundary),

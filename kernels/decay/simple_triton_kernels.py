@@ -140,10 +140,10 @@ def stream_kernel(
     Forward (q, k, v) gives o, TRANSPOSED (do, v, k) dq; REVERSE (k, q, do) dv, REVERSE TRANSPOSED (v, do, q) dk.
     TRANSPOSED: states lie in memory as [Z, X]; x and y have HV heads and z H, otherwise the other way round.
     `initial` and `final` (or None): [spans, HV, ...], times start_scale and end_scale.
-    `states` (or None): written every RESET chunks when running forward, read when running back, where `boundary`
-    [.., HV, BLOCKS] receives Σ state ⊙ gradient; as [X, Z] of the pass that writes, so [Z, X] of the one that reads.
-    `partner` (or None): [tokens, heads of z, Z], with which `flow` [BLOCKS, tokens, HV] becomes: forward the part of
-    partner·out that came through S; REVERSE the same plus, inside the chunk, what each token wrote minus what it read.
+    For gate gradients, else None: `partner` [tokens, heads of z, Z], whose product with out, without what a token
+    read from itself, goes to `flow` [BLOCKS, tokens, HV]. `states`: written every RESET chunks when running forward,
+    as [X, Z]; read when running back (there [Z, X]), and Σ_z state ⊙ gradient goes to `boundary` [.., HV, BLOCKS, BX].
+    EARLY: add the chunk to the state before its outputs are done.
     """
     program = tl.program_id(0).to(tl.int64)
     block, row = (program % BLOCKS).to(tl.int32), program // BLOCKS
@@ -222,8 +222,7 @@ def stream_kernel(
             if local % RESET == 0:
                 place = (here // (C * RESET) + sequence) * HV + head
                 stored = tl.load(states + place * X * Z + kept, mask=inside, other=0.0).to(tl.float32)
-                total_change = tl.sum(tl.sum(stored * state, 1), 0) * scale
-                tl.store(boundary + place * BLOCKS + block, total_change)
+                tl.store(boundary + (place * BLOCKS + block) * BX + xs, tl.sum(stored * state, 1) * scale)
     if final is not None:
         tl.store(final + row * X * Z + tile, state * end_scale, mask=inside)
 
@@ -326,11 +325,11 @@ def carry_kernel(
 @triton.jit(do_not_specialize=["T", "tokens", "CHUNKS"])
 def gate_grad_kernel(
     gained, lost, boundary, grad, table, bounds, T, tokens, CHUNKS, HV,
-    GAINED: tl.constexpr, LOST: tl.constexpr, C: tl.constexpr, BH: tl.constexpr,
+    GAINED: tl.constexpr, LOST: tl.constexpr, BX: tl.constexpr, C: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """dg_t = boundary + Σ_{s<t} (gained_s − lost_s) over the C tokens between two resets. Grid: resets · ⌈HV/BH⌉.
 
-    gained [GAINED, tokens, HV] and boundary [.., HV, GAINED], lost [LOST, tokens, HV]: to be summed over their blocks.
+    gained [GAINED, tokens, HV], lost [LOST, tokens, HV], boundary [.., HV, GAINED, BX]: to be summed over blocks.
     """
     program = tl.program_id(0).to(tl.int64)
     parts = (HV + BH - 1) // BH
@@ -348,7 +347,10 @@ def gate_grad_kernel(
     for block in tl.static_range(0, GAINED):
         change += tl.load(gained + block * size + at - HV, mask=before, other=0.0)
         place = ((first // C + sequence) * HV + h) * GAINED + block
-        total += tl.load(boundary + place, mask=(h < HV) & (n > 0), other=0.0)
+        parts_of = tl.load(
+            boundary + place[:, None] * BX + tl.arange(0, BX)[None, :], mask=((h < HV) & (n > 0))[:, None], other=0.0
+        )
+        total += tl.sum(parts_of, 1)
     for block in tl.static_range(0, LOST):
         change -= tl.load(lost + block * size + at - HV, mask=before, other=0.0)
     value = tl.cumsum(change, 0) + total[None, :]
