@@ -247,12 +247,15 @@ def _ends(
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """What a pass notes for the gate gradient: its partner's tensor and the states at resets."""
+    """What a pass does for the gate gradient; see `stream_kernel`."""
 
-    partner: Tensor
-    flow: Tensor
-    states: Tensor
+    partner: Tensor | None = None
+    flow: Tensor | None = None
+    states: Tensor | None = None
     boundary: Tensor | None = None
+
+
+NO_FLOW = Flow()
 
 
 def _stream(
@@ -264,12 +267,12 @@ def _stream(
     *,
     reverse: bool = False,
     transposed: bool = False,
-    flow: Flow | None = None,
+    flow: Flow = NO_FLOW,
 ) -> Tensor:
     """One pass of `stream_kernel`: [B,T,HV,Z] in the inputs' dtype."""
     x, y, z = xyz
     x_width, z_width = x.shape[3], z.shape[3]
-    tiles = p.tiles("stream", x_width, z_width, flow is not None)
+    tiles = p.tiles("stream", x_width, z_width, flow.partner is not None)
     out = x.new_empty((*x.shape[:2], p.value_heads, z_width))
     p.launch(
         stream_kernel,
@@ -279,13 +282,13 @@ def _stream(
         y=y,
         z=z,
         g=g,
-        partner=None if flow is None else flow.partner,
+        partner=flow.partner,
         initial=ends.initial,
         final=ends.final,
         out=out,
-        flow=None if flow is None else flow.flow,
-        states=None if flow is None else flow.states,
-        boundary=None if flow is None else flow.boundary,
+        flow=flow.flow,
+        states=flow.states,
+        boundary=flow.boundary,
         T=p.time,
         tokens=p.tokens,
         scale=scale,
@@ -361,21 +364,22 @@ def _cumulate(p: Problem, g: Tensor | None) -> Tensor | None:
     return sums
 
 
-def _gate_grad(p: Problem, g: Tensor, gained: Tensor, lost: Tensor, boundary: Tensor, like: Tensor) -> Tensor:
+def _gate_grad(p: Problem, g: Tensor, gained: Tensor | None, lost: Flow, like: Tensor) -> Tensor:
     """dg, shaped like g: [B,T,HV], or summed over batch and time for a constant gate [HV]."""
     per_step = like.new_empty((*like.shape[:2], p.value_heads), dtype=g.dtype if g.ndim == 3 else torch.float32)
     stretches, place = _stretches(p, RESET_TOKENS)
+    assert gained is not None and lost.flow is not None and lost.boundary is not None
     p.launch(
         gate_grad_kernel,
         stretches * -(-p.value_heads // 16),
         SMALL,
         gained=gained,
-        lost=lost,
-        boundary=boundary,
+        lost=lost.flow,
+        boundary=lost.boundary,
         grad=per_step,
         GAINED=gained.shape[0],
-        LOST=lost.shape[0],
-        BX=boundary.shape[3],
+        LOST=lost.flow.shape[0],
+        BX=lost.boundary.shape[3],
         **place,
     )
     _zero_tail(p, per_step)
@@ -430,31 +434,29 @@ def backward(
     if p.table is not None:
         before, _ = _ends(p, k, v, gates, initial_state, (1.0, 1.0), reverse=False)
     after, initial_grad = _ends(p, q, out_grad, gates, final_grad, (1.0 / scale, scale), reverse=True)
-    flow_q, flow_v = _flows(p, q, v) if gate_grad else (None, None)
-    dq = _stream(p, (out_grad, v, k), gates, before, scale, transposed=True, flow=flow_q)
-    dv = _stream(p, (k, q, out_grad), gates, after, scale, reverse=True, flow=flow_v)
+    flows = _flows(p, q, v) if gate_grad else (NO_FLOW, NO_FLOW, NO_FLOW)
+    dv = _stream(p, (k, q, out_grad), gates, after, scale, reverse=True, flow=flows[0])
     again = Ends(initial=after.initial, final=None, start_scale=after.start_scale)
-    dk = _stream(p, (v, out_grad, q), gates, again, scale, reverse=True, transposed=True)
+    dk = _stream(p, (v, out_grad, q), gates, again, scale, reverse=True, transposed=True, flow=flows[1])
+    dq = _stream(p, (out_grad, v, k), gates, before, scale, transposed=True, flow=flows[2])
     _zero_tail(p, dq, dk, dv)
-    dg = None
-    if g is not None and flow_q is not None and flow_v is not None and flow_v.boundary is not None:
-        dg = _gate_grad(p, g, flow_v.flow, flow_q.flow, flow_v.boundary, q)
+    dg = _gate_grad(p, g, flows[0].flow, flows[2], q) if g is not None and gate_grad else None
     return sum_over_groups(dq, p.heads), sum_over_groups(dk, p.heads), dv, dg, initial_grad
 
 
-def _flows(p: Problem, q: Tensor, v: Tensor) -> tuple[Flow, Flow]:
-    """Fresh memory for what the passes for dq and dv note."""
+def _flows(p: Problem, q: Tensor, v: Tensor) -> tuple[Flow, Flow, Flow]:
+    """Fresh memory for what the passes for dv, dk and dq note: dk keeps states that dq reads."""
     resets = p.tokens // RESET_TOKENS + p.sequences
     sizes = p.tokens, p.value_heads
     lost_blocks = p.flow_blocks(p.value_width, p.width)
-    gained_blocks = p.flow_blocks(p.width, p.value_width)
-    kept = q.new_empty((resets, p.value_heads, p.value_width, p.width))
+    states = q.new_empty((resets, p.value_heads, p.value_width, p.width))
+    gained = q.new_empty((p.flow_blocks(p.width, p.value_width), *sizes), dtype=torch.float32)
     lost = q.new_empty((lost_blocks, *sizes), dtype=torch.float32)
-    gained = q.new_empty((gained_blocks, *sizes), dtype=torch.float32)
-    boundary = q.new_empty((resets, p.value_heads, gained_blocks, p.padded(p.width)), dtype=torch.float32)
+    boundary = q.new_empty((resets, p.value_heads, lost_blocks, p.padded(p.value_width)), dtype=torch.float32)
     return (
-        Flow(partner=q, flow=lost, states=kept),
-        Flow(partner=v, flow=gained, states=kept, boundary=boundary),
+        Flow(partner=v, flow=gained),
+        Flow(states=states),
+        Flow(partner=q, flow=lost, states=states, boundary=boundary),
     )
 
 

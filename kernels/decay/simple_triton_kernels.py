@@ -125,6 +125,14 @@ def _weights(sums, constant, i, n, GATE: tl.constexpr, REVERSE: tl.constexpr, ST
         return tl.where(later, tl.exp2(-tl.abs((sums[:, None] - sums[None, :]).to(tl.float32))), 0.0)
 
 
+@triton.jit
+def _meet(base, state, xs, zs, X: tl.constexpr, Z: tl.constexpr):
+    """Σ_z of a stored [X, Z] times a state: one number for each row."""
+    inside = (xs < X)[:, None] & (zs < Z)[None, :]
+    stored = tl.load(base + xs[:, None] * Z + zs[None, :], mask=inside, other=0.0)
+    return tl.sum(stored.to(tl.float32) * state, 1)
+
+
 @triton.jit(do_not_specialize=["T", "SEGMENT", "tokens"])
 def stream_kernel(
     x, y, z, g, partner, initial, final, out, flow, states, boundary, table, bounds,
@@ -141,8 +149,9 @@ def stream_kernel(
     TRANSPOSED: states lie in memory as [Z, X]; x and y have HV heads and z H, otherwise the other way round.
     `initial` and `final` (or None): [spans, HV, ...], times start_scale and end_scale.
     For gate gradients, else None: `partner` [tokens, heads of z, Z], whose product with out, without what a token
-    read from itself, goes to `flow` [BLOCKS, tokens, HV]. `states`: written every RESET chunks when running forward,
-    as [X, Z]; read when running back (there [Z, X]), and Σ_z state ⊙ gradient goes to `boundary` [.., HV, BLOCKS, BX].
+    read from itself, goes to `flow` [BLOCKS, tokens, HV]. `states` [.., HV, X, Z]: written every RESET chunks when
+    running back, read when running forward, and Σ_z of their product with the state goes to `boundary`
+    [.., HV, BLOCKS, BX].
     EARLY: add the chunk to the state before its outputs are done.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -161,24 +170,23 @@ def stream_kernel(
     inside = (xs < X)[:, None] & (zs < Z)[None, :]
     if TRANSPOSED:
         tile = zs[None, :] * X + xs[:, None]
-        kept = xs[:, None] * Z + zs[None, :]
     else:
         tile = xs[:, None] * Z + zs[None, :]
-        kept = zs[None, :] * X + xs[:, None]
     state = tl.zeros([BX, BZ], tl.float32)
     if initial is not None:
         state += tl.load(initial + row * X * Z + tile, mask=inside, other=0.0).to(tl.float32) * start_scale
     chunks = ((count + C - 1) // C).to(tl.int32)
+    if states is not None and not REVERSE:  # noqa: SIM102 (the first part is known to the compiler)
+        if chunks > 0:
+            place = (first // (C * RESET) + sequence) * HV + head
+            product = _meet(states + place * X * Z, state, xs, zs, X, Z)
+            tl.store(boundary + (place * BLOCKS + block) * BX + xs, product * scale)
     for step in tl.range(0, chunks, num_stages=STAGES):
         local = step
         if REVERSE:
             local = chunks - 1 - step
         here = first + local * C
         n = tl.minimum(count - local * C, C).to(tl.int32)
-        if states is not None and not REVERSE:  # noqa: SIM102 (the first part is known to the compiler)
-            if local % RESET == 0:
-                place = ((here // (C * RESET) + sequence) * HV + head) * X * Z
-                tl.store(states + place + kept, state.to(states.dtype.element_ty), mask=inside)
         x_tile = _load(x, here, n, x_head, x_heads, i, xs, X, BX).to(DOT)
         y_tile = _load(y, here, n, x_head, x_heads, i, xs, X, BX).to(DOT)
         z_tile = _load(z, here, n, z_head, z_heads, i, zs, Z, BZ * BLOCKS).to(DOT)
@@ -205,24 +213,31 @@ def stream_kernel(
         if GATE > 0:
             result *= (to_end if REVERSE else to_start)[:, None]
         if partner is not None:
-            own = tl.sum(tl.where(i[:, None] == i[None, :], pairs, 0.0), 1)
+            own = tl.where(i[:, None] == i[None, :] + tl.minimum(n, 0), pairs, 0.0).to(DOT)
         pairs *= _weights(sums, constant, i, n, GATE, REVERSE, partner is not None)
         result = tl.dot(pairs.to(DOT), z_tile, result, input_precision=PRECISION)
         if partner is not None:
             mate = _load(partner, here, n, z_head, z_heads, i, zs, Z, BZ * BLOCKS).to(tl.float32)
             change = tl.sum(mate * result, 1) * scale
             tl.store(flow + (block * tokens + here + i) * HV + head, change, mask=i < n)
-            result += own[:, None] * z_tile.to(tl.float32)
+            result = tl.dot(own, z_tile, result, input_precision=PRECISION)
         _store(out, result * scale, here, n, head, HV, i, zs, Z, BZ * BLOCKS)
         if not EARLY:
             if GATE > 0:
                 state *= tl.exp2(total.to(tl.float32))
             state = tl.dot(tl.trans(y_tile), values, state, input_precision=PRECISION)
-        if states is not None and REVERSE:  # noqa: SIM102
-            if local % RESET == 0:
-                place = (here // (C * RESET) + sequence) * HV + head
-                stored = tl.load(states + place * X * Z + kept, mask=inside, other=0.0).to(tl.float32)
-                tl.store(boundary + (place * BLOCKS + block) * BX + xs, tl.sum(stored * state, 1) * scale)
+        if states is not None:
+            rows, columns = xs + tl.minimum(n, 0), zs + tl.minimum(n, 0)  # kept from leaving the loop: registers
+            if REVERSE:
+                if local % RESET == 0:
+                    place = (here // (C * RESET) + sequence) * HV + head
+                    at = states + place * X * Z + rows[:, None] * Z + columns[None, :]
+                    tl.store(at, state.to(states.dtype.element_ty), mask=(rows < X)[:, None] & (columns < Z)[None, :])
+            else:
+                if ((local + 1) % RESET == 0) & (local + 1 < chunks):
+                    place = ((here + C) // (C * RESET) + sequence) * HV + head
+                    product = _meet(states + place * X * Z, state, rows, columns, X, Z)
+                    tl.store(boundary + (place * BLOCKS + block) * BX + xs, product * scale)
     if final is not None:
         tl.store(final + row * X * Z + tile, state * end_scale, mask=inside)
 
@@ -329,7 +344,7 @@ def gate_grad_kernel(
 ):  # fmt: skip
     """dg_t = boundary + Σ_{s<t} (gained_s − lost_s) over the C tokens between two resets. Grid: resets · ⌈HV/BH⌉.
 
-    gained [GAINED, tokens, HV], lost [LOST, tokens, HV], boundary [.., HV, GAINED, BX]: to be summed over blocks.
+    gained [GAINED, tokens, HV], lost [LOST, tokens, HV], boundary [.., HV, LOST, BX]: to be summed over blocks.
     """
     program = tl.program_id(0).to(tl.int64)
     parts = (HV + BH - 1) // BH
@@ -346,13 +361,11 @@ def gate_grad_kernel(
     size = tokens.to(tl.int64) * HV
     for block in tl.static_range(0, GAINED):
         change += tl.load(gained + block * size + at - HV, mask=before, other=0.0)
-        place = ((first // C + sequence) * HV + h) * GAINED + block
-        parts_of = tl.load(
-            boundary + place[:, None] * BX + tl.arange(0, BX)[None, :], mask=((h < HV) & (n > 0))[:, None], other=0.0
-        )
-        total += tl.sum(parts_of, 1)
     for block in tl.static_range(0, LOST):
         change -= tl.load(lost + block * size + at - HV, mask=before, other=0.0)
+        place = boundary + (((first // C + sequence) * HV + h) * LOST + block)[:, None] * BX
+        known = ((h < HV) & (n > 0))[:, None]
+        total += tl.sum(tl.load(place + tl.arange(0, BX)[None, :], mask=known, other=0.0), 1)
     value = tl.cumsum(change, 0) + total[None, :]
     tl.store(grad + at, value.to(grad.dtype.element_ty), mask=inside)
 
