@@ -43,7 +43,7 @@ class Tiles:
     warps: int
     stages: int
     early: bool = False
-    prefetch: bool = False
+    defer: bool = False
 
 
 def choose_tiles(kind: str, contracted: int, width: int, flow: bool, large: bool) -> Tiles:
@@ -87,11 +87,12 @@ class Problem:
     value_width: int
     sequences: int
     slots: int
-    segment: int
+    split: bool
+    pieces: int
+    length: int
     bounds: Tensor | None
     table: Tensor | None
     first_slots: Tensor | None
-    packed: bool
     gate: int
     exact: bool
     dot: Any
@@ -101,7 +102,8 @@ class Problem:
 
     @property
     def place(self) -> dict[str, Any]:
-        return {"bounds": self.bounds, "table": self.table, "SEGMENT": self.segment}
+        place = {"bounds": self.bounds, "table": self.table, "T": self.time}
+        return {**place, "PIECES": self.pieces, "LENGTH": self.length, "tokens": self.tokens}
 
     @property
     def common(self) -> dict[str, Any]:
@@ -136,17 +138,14 @@ def make_problem(
     batch, time, heads, width = q.shape
     value_heads, value_width = v.shape[2], v.shape[3]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    longest = time if cu_seqlens is None else max(time, 1)
     programs = value_heads * (batch if cu_seqlens is None else 1) * -(-min(width, value_width) // 64)
-    pieces = PROGRAMS // programs
-    segment = -(-longest // (pieces * RESET_TOKENS)) * RESET_TOKENS if pieces > 1 else longest
-    bounds, table, first_slots, slots = cu_seqlens, None, None, sequences
-    if segment < longest:
-        if bounds is None:
-            bounds = torch.arange(0, (batch + 1) * time, time, device=q.device)
-        table = chunk_table(bounds, batch * time, segment)
-        slots = chunk_bound(batch * time, segment, sequences)
-        counts = (bounds.diff().to(torch.int64) + segment - 1) // segment
+    length = -(-time // (max(PROGRAMS // programs, 1) * RESET_TOKENS)) * RESET_TOKENS
+    split = length < time
+    table = first_slots = None
+    pieces, slots = (-(-time // length), batch * -(-time // length)) if split else (1, sequences)
+    if split and cu_seqlens is not None:
+        table, slots = chunk_table(cu_seqlens, time, length), chunk_bound(time, length, sequences)
+        counts = (cu_seqlens.diff().to(torch.int64) + length - 1) // length
         first_slots = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     half = q.dtype == torch.float16 and torch.version.hip is None
     return Problem(
@@ -158,11 +157,12 @@ def make_problem(
         value_width=value_width,
         sequences=sequences,
         slots=slots,
-        segment=segment,
-        bounds=bounds,
+        split=split,
+        pieces=pieces,
+        length=length if split else time,
+        bounds=cu_seqlens,
         table=table,
         first_slots=first_slots,
-        packed=cu_seqlens is not None,
         gate=0 if g is None else 1 if g.ndim == 1 else 2,
         exact=q.dtype == torch.float32,
         dot=tl.bfloat16 if q.dtype == torch.bfloat16 and not triton_interpreted() else tl.float32,
@@ -194,7 +194,7 @@ def _ends(
 ) -> tuple[Ends, Tensor]:
     """Carry the state over the segments, if there are any. Returns what a pass reads, and the final state."""
     final = y.new_empty((p.sequences, p.value_heads, p.width, p.value_width), dtype=torch.float32)
-    if p.table is None:
+    if not p.split:
         return Ends(initial=initial, final=final, start_scale=scales[0], end_scale=scales[1]), final
     own = y.new_empty((p.slots, *final.shape[1:]), dtype=torch.float32)
     decay = y.new_empty((p.slots, p.value_heads), dtype=torch.float32)
@@ -216,7 +216,6 @@ def _ends(
         BZ=tiles.block,
         X_BLOCKS=key_blocks,
         Z_BLOCKS=value_blocks,
-        tokens=p.tokens,
         C=CHUNK,
         STAGES=tiles.stages,
         REVERSE=reverse,
@@ -233,6 +232,7 @@ def _ends(
         initial=initial,
         final=final,
         first_slots=p.first_slots,
+        PIECES=p.pieces,
         HV=p.value_heads,
         SIZE=size,
         start_scale=scales[0],
@@ -289,8 +289,6 @@ def _stream(
         flow=flow.flow,
         states=flow.states,
         boundary=flow.boundary,
-        T=p.time,
-        tokens=p.tokens,
         scale=scale,
         start_scale=ends.start_scale,
         end_scale=ends.end_scale,
@@ -304,7 +302,7 @@ def _stream(
         REVERSE=reverse,
         TRANSPOSED=transposed,
         EARLY=tiles.early,
-        PREFETCH=tiles.prefetch,
+        DEFER=tiles.defer,
         STAGES=tiles.stages,
         **p.place,
         **p.common,
@@ -314,7 +312,7 @@ def _stream(
 
 def _zero_tail(p: Problem, *tensors: Tensor) -> None:
     """Zero the rows after the last packed sequence in up to four [1,T,...] tensors."""
-    if not p.packed or not tensors:
+    if p.bounds is None or not tensors:
         return
     padded = [*tensors, None, None, None][:4]
     sizes = [0 if x is None else x[0, 0].numel() for x in padded]
@@ -341,13 +339,11 @@ def _zero_tail(p: Problem, *tensors: Tensor) -> None:
 
 def _stretches(p: Problem, length: int) -> tuple[int, dict[str, Any]]:
     """How many stretches of so many tokens there are, and where they lie."""
-    chunks = -(-p.time // length)
-    count, table = p.sequences * chunks, None
-    if p.packed:
-        assert p.bounds is not None
+    pieces = -(-p.time // length)
+    count, table = p.sequences * pieces, None
+    if p.bounds is not None:
         count, table = chunk_bound(p.time, length, p.sequences), chunk_table(p.bounds, p.time, length)
-    bounds = p.bounds if p.packed else None
-    place = {"table": table, "bounds": bounds, "T": p.time, "tokens": p.tokens, "CHUNKS": chunks}
+    place = {"table": table, "bounds": p.bounds, "T": p.time, "tokens": p.tokens, "PIECES": pieces}
     return count, {**place, "HV": p.value_heads, "C": length, "BH": 16}
 
 
@@ -431,7 +427,7 @@ def backward(
     p = make_problem(q, v, g, cu_seqlens, launch, large)
     gates = _cumulate(p, g)
     before = Ends(initial=initial_state, final=None)
-    if p.table is not None:
+    if p.split:
         before, _ = _ends(p, k, v, gates, initial_state, (1.0, 1.0), reverse=False)
     after, initial_grad = _ends(p, q, out_grad, gates, final_grad, (1.0 / scale, scale), reverse=True)
     flows = _flows(p, q, v) if gate_grad else (NO_FLOW, NO_FLOW, NO_FLOW)

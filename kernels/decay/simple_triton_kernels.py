@@ -15,36 +15,29 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _span(slot, table, bounds, T, SEGMENT):
-    """(first token, tokens) of a span: a segment of a sequence if there is a table, else a whole sequence."""
+def _span(slot, table, bounds, T, PIECES, LENGTH):
+    """(sequence, first token, tokens) of a span: one of PIECES of LENGTH tokens that a sequence of T is cut into.
+
+    Packed: a whole sequence, or what `table` says, which has entries without tokens.
+    """
     if table is not None:
         sequence = tl.load(table + slot * 2).to(tl.int64)
         local = tl.load(table + slot * 2 + 1).to(tl.int64)
         used = sequence >= 0
         sequence = tl.maximum(sequence, 0)
-        first = tl.load(bounds + sequence).to(tl.int64) + local * SEGMENT
+        first = tl.load(bounds + sequence).to(tl.int64) + local * LENGTH
         stop = tl.load(bounds + sequence + 1).to(tl.int64)
-        count = tl.where(used, tl.minimum(stop - first, SEGMENT), 0)
+        count = tl.where(used, tl.minimum(stop - first, LENGTH), 0)
     elif bounds is not None:
         sequence = slot
         first = tl.load(bounds + slot).to(tl.int64)
         count = tl.load(bounds + slot + 1).to(tl.int64) - first
     else:
-        sequence = slot
-        first = slot * T
-        count = T.to(tl.int64)
+        sequence = slot // PIECES
+        local = slot % PIECES
+        first = sequence * T + local * LENGTH
+        count = tl.minimum(T - local * LENGTH, LENGTH)
     return sequence, first, count
-
-
-@triton.jit
-def _chunk(slot, table, bounds, T, CHUNKS, C: tl.constexpr):
-    """(sequence, first token, tokens) of a stretch of C tokens; CHUNKS of them in a sequence that is not packed."""
-    if table is not None:
-        return _span(slot, table, bounds, T, C)
-    else:
-        sequence = slot // CHUNKS
-        local = slot % CHUNKS
-        return sequence, sequence * T + local * C, tl.minimum(T - local * C, C)
 
 
 @triton.jit
@@ -55,23 +48,6 @@ def _load(base, first, count, head, heads, i, d, D: tl.constexpr, BD: tl.constex
         return tl.load(at, mask=(i < count)[:, None], other=0.0)
     else:
         return tl.load(at, mask=(i < count)[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _prefetch(base, first, head, heads, i, D: tl.constexpr, wanted):
-    """Ask for rows of a [tokens, heads, D] bf16 tensor in the L2 cache: a 128-byte line is 64 columns."""
-    lines: tl.constexpr = (D + 63) // 64
-    for line in tl.static_range(0, lines):
-        _prefetch_block(base, first, head, heads, i, line * 64, D, wanted)
-
-
-@triton.jit
-def _prefetch_block(base, first, head, heads, i, column, D: tl.constexpr, wanted):
-    at = base + (first * heads + head) * D + i * (heads * D) + column
-    at = tl.where(i * 0 + wanted > 0, at, base)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -133,13 +109,13 @@ def _meet(base, state, xs, zs, X: tl.constexpr, Z: tl.constexpr):
     return tl.sum(stored.to(tl.float32) * state, 1)
 
 
-@triton.jit(do_not_specialize=["T", "SEGMENT", "tokens"])
+@triton.jit(do_not_specialize=["T", "PIECES", "LENGTH", "tokens", "H", "HV"])
 def stream_kernel(
     x, y, z, g, partner, initial, final, out, flow, states, boundary, table, bounds,
-    T, SEGMENT, tokens, H, HV, scale, start_scale, end_scale,
+    T, PIECES, LENGTH, tokens, H, HV, scale, start_scale, end_scale,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, BLOCKS: tl.constexpr,
     C: tl.constexpr, RESET: tl.constexpr, GATE: tl.constexpr,
-    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr, STAGES: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, EARLY: tl.constexpr, DEFER: tl.constexpr, STAGES: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i = scale · (Σ_{j≤i} (x_i·y_j) exp(G_i − G_j) z_j + exp(G_i) x_i S), S ← decay · S + Σ y_j z_jᵀ decayed.
@@ -157,7 +133,7 @@ def stream_kernel(
     program = tl.program_id(0).to(tl.int64)
     block, row = (program % BLOCKS).to(tl.int32), program // BLOCKS
     head, slot = row % HV, row // HV
-    sequence, first, count = _span(slot, table, bounds, T, SEGMENT)
+    sequence, first, count = _span(slot, table, bounds, T, PIECES, LENGTH)
     group = HV // H
     if TRANSPOSED:
         x_head, x_heads, z_head, z_heads = head, HV, head // group, H
@@ -176,6 +152,7 @@ def stream_kernel(
     if initial is not None:
         state += tl.load(initial + row * X * Z + tile, mask=inside, other=0.0).to(tl.float32) * start_scale
     chunks = ((count + C - 1) // C).to(tl.int32)
+    pending = tl.zeros([C, BZ], out.dtype.element_ty)
     if states is not None and not REVERSE:  # noqa: SIM102 (the first part is known to the compiler)
         if chunks > 0:
             place = (first // (C * RESET) + sequence) * HV + head
@@ -187,15 +164,14 @@ def stream_kernel(
             local = chunks - 1 - step
         here = first + local * C
         n = tl.minimum(count - local * C, C).to(tl.int32)
+        if DEFER:
+            before = here + (C if REVERSE else -C)
+            n_before = tl.where(step > 0, tl.minimum(first + count - before, C), 0).to(tl.int32)
+            _store(out, pending, before, n_before, head, HV, i, zs, Z, BZ * BLOCKS)
+        narrow = state.to(DOT)
         x_tile = _load(x, here, n, x_head, x_heads, i, xs, X, BX).to(DOT)
         y_tile = _load(y, here, n, x_head, x_heads, i, xs, X, BX).to(DOT)
         z_tile = _load(z, here, n, z_head, z_heads, i, zs, Z, BZ * BLOCKS).to(DOT)
-        if PREFETCH:
-            ahead = here + (-C if REVERSE else C)
-            left = tl.where(step + 1 < chunks, 1, 0)
-            _prefetch(x, ahead, x_head, x_heads, i, X, left)
-            _prefetch(y, ahead, x_head, x_heads, i, X, left)
-            _prefetch_block(z, ahead, z_head, z_heads, i, block * BZ, Z, left)
         if GATE > 0:
             sums, total = _gates(g, constant, here, n, head, tokens, i, GATE)
             to_start = tl.exp2(sums.to(tl.float32))
@@ -204,7 +180,7 @@ def stream_kernel(
         else:
             sums = 0.0
             values = z_tile
-        result = tl.dot(x_tile, state.to(DOT), input_precision=PRECISION)
+        result = tl.dot(x_tile, narrow, input_precision=PRECISION)
         pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
         if EARLY:
             if GATE > 0:
@@ -221,7 +197,10 @@ def stream_kernel(
             change = tl.sum(mate * result, 1) * scale
             tl.store(flow + (block * tokens + here + i) * HV + head, change, mask=i < n)
             result = tl.dot(own, z_tile, result, input_precision=PRECISION)
-        _store(out, result * scale, here, n, head, HV, i, zs, Z, BZ * BLOCKS)
+        if DEFER:
+            pending = (result * scale).to(out.dtype.element_ty)
+        else:
+            _store(out, result * scale, here, n, head, HV, i, zs, Z, BZ * BLOCKS)
         if not EARLY:
             if GATE > 0:
                 state *= tl.exp2(total.to(tl.float32))
@@ -238,20 +217,24 @@ def stream_kernel(
                     place = ((here + C) // (C * RESET) + sequence) * HV + head
                     product = _meet(states + place * X * Z, state, rows, columns, X, Z)
                     tl.store(boundary + (place * BLOCKS + block) * BX + xs, product * scale)
+    if DEFER:
+        before = first if REVERSE else first + (chunks - 1) * C
+        n_before = tl.where(chunks > 0, tl.minimum(first + count - before, C), 0).to(tl.int32)
+        _store(out, pending, before, n_before, head, HV, i, zs, Z, BZ * BLOCKS)
     if final is not None:
         tl.store(final + row * X * Z + tile, state * end_scale, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "tokens", "CHUNKS"])
+@triton.jit(do_not_specialize=["T", "tokens", "PIECES"])
 def cumulate_kernel(
-    g, sums, table, bounds, T, tokens, CHUNKS, HV, C: tl.constexpr, BH: tl.constexpr,
+    g, sums, table, bounds, T, tokens, PIECES, HV, C: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """sums [HV, tokens]: log2 gates summed from each chunk's start. Grid: chunks · ⌈HV/BH⌉. g [tokens, HV]."""
     program = tl.program_id(0).to(tl.int64)
     parts = (HV + BH - 1) // BH
     h = program % parts * BH + tl.arange(0, BH)
     slot = program // parts
-    _, first, count = _chunk(slot, table, bounds, T, CHUNKS, C)
+    _, first, count = _span(slot, table, bounds, T, PIECES, C)
     i = tl.arange(0, C)
     inside = (i < count)[:, None] & (h < HV)[None, :]
     gates = tl.load(g + (first + i)[:, None] * HV + h[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -259,9 +242,9 @@ def cumulate_kernel(
     tl.store(sums + h[None, :] * tokens + (first + i)[:, None], tl.cumsum(gates, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["SEGMENT", "tokens"])
+@triton.jit(do_not_specialize=["T", "PIECES", "LENGTH", "tokens", "H", "HV"])
 def segment_kernel(
-    y, z, g, own, decay, table, bounds, SEGMENT, tokens, H, HV,
+    y, z, g, own, decay, table, bounds, T, PIECES, LENGTH, tokens, H, HV,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, X_BLOCKS: tl.constexpr,
     Z_BLOCKS: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -274,7 +257,7 @@ def segment_kernel(
     z_block, x_block = (program % Z_BLOCKS).to(tl.int32), (program // Z_BLOCKS % X_BLOCKS).to(tl.int32)
     row = program // Z_BLOCKS // X_BLOCKS
     head, slot = row % HV, row // HV
-    _, first, count = _span(slot, table, bounds, SEGMENT, SEGMENT)
+    _, first, count = _span(slot, table, bounds, T, PIECES, LENGTH)
     key_head = head // (HV // H)
     constant = _constant(g, head, GATE)
     i = tl.arange(0, C)
@@ -305,14 +288,15 @@ def segment_kernel(
             tl.store(decay + row, whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PIECES"])
 def carry_kernel(
-    own, decay, initial, final, first_slots, HV, SIZE, start_scale, end_scale,
+    own, decay, initial, final, first_slots, PIECES, HV, SIZE, start_scale, end_scale,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Replace what each segment adds by the state before it (REVERSE: after it). Grid: N · HV · BLOCKS.
 
-    own [segments, HV, SIZE], first_slots [N+1]; initial and final (or None) [N, HV, SIZE].
+    own [segments, HV, SIZE]; first_slots [N+1], or None: PIECES for each sequence; initial (or None)
+    and final [N, HV, SIZE].
     """
     program = tl.program_id(0).to(tl.int64)
     block, row = program % BLOCKS, program // BLOCKS
@@ -322,8 +306,12 @@ def carry_kernel(
     state = tl.zeros([BLOCK], tl.float32)
     if initial is not None:
         state += tl.load(initial + row * SIZE + at, mask=inside, other=0.0).to(tl.float32) * start_scale
-    begin = tl.load(first_slots + sequence).to(tl.int64)
-    segments = (tl.load(first_slots + sequence + 1).to(tl.int64) - begin).to(tl.int32)
+    if first_slots is not None:
+        begin = tl.load(first_slots + sequence).to(tl.int64)
+        segments = (tl.load(first_slots + sequence + 1).to(tl.int64) - begin).to(tl.int32)
+    else:
+        begin = sequence * PIECES
+        segments = PIECES
     for step in range(0, segments):
         local = step
         if REVERSE:
@@ -337,9 +325,9 @@ def carry_kernel(
     tl.store(final + row * SIZE + at, state * end_scale, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "tokens", "CHUNKS"])
+@triton.jit(do_not_specialize=["T", "tokens", "PIECES"])
 def gate_grad_kernel(
-    gained, lost, boundary, grad, table, bounds, T, tokens, CHUNKS, HV,
+    gained, lost, boundary, grad, table, bounds, T, tokens, PIECES, HV,
     GAINED: tl.constexpr, LOST: tl.constexpr, BX: tl.constexpr, C: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """dg_t = boundary + Σ_{s<t} (gained_s − lost_s) over the C tokens between two resets. Grid: resets · ⌈HV/BH⌉.
@@ -350,7 +338,7 @@ def gate_grad_kernel(
     parts = (HV + BH - 1) // BH
     h = (program % parts * BH + tl.arange(0, BH)).to(tl.int32)
     slot = program // parts
-    sequence, first, count = _chunk(slot, table, bounds, T, CHUNKS, C)
+    sequence, first, count = _span(slot, table, bounds, T, PIECES, C)
     n = count.to(tl.int32)
     i = tl.arange(0, C)
     at = (first + i)[:, None] * HV + h[None, :]
