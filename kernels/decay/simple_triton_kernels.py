@@ -128,7 +128,7 @@ def stream_kernel(
     read from itself, goes to `flow` [BLOCKS, tokens, HV]. `states` [.., HV, X, Z]: written every RESET chunks when
     running back, read when running forward, and Σ_z of their product with the state goes to `boundary`
     [.., HV, BLOCKS, BX].
-    EARLY: add the chunk to the state before its outputs are done.
+    EARLY: add the chunk to the state before its outputs are done. DEFER: store outputs while the next chunk loads.
     """
     program = tl.program_id(0).to(tl.int64)
     block, row = (program % BLOCKS).to(tl.int32), program // BLOCKS

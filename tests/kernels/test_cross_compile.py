@@ -25,7 +25,7 @@ MODULES = sorted(
 # width (tiles that spill less were slower), 2,400 for KDA's gradients. fp32 products without tensor cores
 # cost the decay kernels up to 304, window 1,880, the delta rule's walks 3,200.
 STACK_LIMITS = {
-    ("decay.simple_triton", True): 800,
+    ("decay.simple_triton", True): 400,
     ("decay.simple_triton", False): 32,
     ("decay.slot_softmax_triton", True): 0,
     ("decay.slot_softmax_triton", False): 0,
