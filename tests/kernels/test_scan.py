@@ -21,6 +21,10 @@ from fla_swap.kernels.scan.ops import hgrn, hgrn_step, selective_scan, selective
 FP32_BAR, GATE_BAR = 1e-5, 1e-4
 GATES = ("d g", "d dt", "d A", "d dt_bias")
 BOTH = pytest.mark.parametrize("implementation", ["torch", "triton"])
+RUNS = pytest.mark.parametrize(
+    ("case", "implementation"),
+    [("hgrn", "torch"), ("selective", "torch"), ("bare", "torch"), ("hgrn", "triton"), ("selective", "triton")],
+)
 EVERY = pytest.mark.parametrize("case", ["hgrn", "selective", "bare"])
 CASES: dict[str, tuple[Callable, Callable, Callable, dict[str, Any]]] = {
     "hgrn": (hgrn, reference.hgrn_reference, reference.make_hgrn, {}),
@@ -105,21 +109,21 @@ def test_triton_equals_the_float64_loop(case: str, time: int) -> None:
     assert_close(got(case, inputs, implementation="triton"), exact(case, inputs))
 
 
-@EVERY
+@pytest.mark.parametrize("case", ["hgrn", "bare"])
 def test_triton_with_whole_tiles_of_channels(case: str) -> None:
     """Two blocks of channels, rows, channels and states that divide: no mask."""
     inputs = make(case, 16, width=8)
     assert_close(got(case, inputs, implementation="triton"), exact(case, inputs))
 
 
-@EVERY
+@pytest.mark.parametrize("case", ["hgrn", "selective"])
 def test_triton_in_segments(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few channels: time is cut, and what every segment does to a state is composed."""
-    monkeypatch.setattr(triton_impl, "SHORTEST_SEGMENT", 16)
-    inputs = make(case, 70)
-    assert triton_impl.stretches(inputs["x"], None, triton_impl.HGRN).segments == 5
+    monkeypatch.setattr(triton_impl, "SHORTEST_SEGMENT", 8)
+    inputs = make(case, 30, width=2)
+    assert triton_impl.stretches(inputs["x"], None, triton_impl.HGRN).segments == 4
     assert_close(got(case, inputs, implementation="triton"), exact(case, inputs))
-    inputs, bounds = packed(inputs, 4), torch.tensor([0, 3, 3, 50, 66])
+    inputs, bounds = packed(inputs, 4), torch.tensor([0, 3, 3, 22, 29])
     options = {"cu_seqlens": bounds}
     assert_close(got(case, inputs, implementation="triton", **options), exact(case, inputs, **options))
 
@@ -154,7 +158,7 @@ def test_torch_in_float64_is_exact(case: str) -> None:
     ("implementation", "dtype"), [("torch", "bfloat16"), ("triton", "bfloat16"), ("torch", "float16")]
 )
 def test_half_precision_within_the_bars(case: str, implementation: str, dtype: str) -> None:
-    inputs = make(case, 70, dtype=getattr(torch, dtype))
+    inputs = make(case, 30, dtype=getattr(torch, dtype))
     results, wanted = got(case, inputs, implementation=implementation), exact(case, inputs)
     assert results["o"].dtype == results["d x"].dtype == getattr(torch, dtype)
     assert results["state"].dtype == torch.float32
@@ -162,8 +166,7 @@ def test_half_precision_within_the_bars(case: str, implementation: str, dtype: s
     assert error(results["o"], wanted["o"]) <= 5e-3 and error(results["state"], wanted["state"]) <= 5e-3
 
 
-@BOTH
-@EVERY
+@RUNS
 def test_autocast_changes_nothing(case: str, implementation: str) -> None:
     inputs = make(case, 5)
     wanted = got(case, inputs, implementation=implementation)
@@ -175,12 +178,12 @@ def test_autocast_changes_nothing(case: str, implementation: str) -> None:
 @BOTH
 def test_extreme_gates(implementation: str) -> None:
     """Decays of 0 and −10 a step, of all before (−64), and everything between; steps of 0 and 1,000."""
-    inputs = make("hgrn", 70)
+    inputs = make("hgrn", 50, width=2)
     g = -10 * (torch.rand(inputs["g"].shape) * 1.4 - 0.2).clamp(0, 1)
     g[:, 30] = -64
     inputs["g"] = g.requires_grad_()
     assert_close(got("hgrn", inputs, implementation=implementation), exact("hgrn", inputs))
-    inputs = make("bare", 40)
+    inputs = make("bare", 30, width=2)
     dt = 10 * (torch.rand(inputs["dt"].shape) * 1.4 - 0.2).clamp(0, 1)
     dt[:, 20] = 1000
     inputs["dt"] = dt.requires_grad_()
@@ -196,17 +199,16 @@ def test_small_steps_keep_their_digits(implementation: str) -> None:
     assert_close(got("selective", inputs, implementation=implementation), exact("selective", inputs))
 
 
-@BOTH
-@EVERY
+@RUNS
 def test_packed_equals_separate(case: str, implementation: str) -> None:
     """Empty sequences (at both ends too), borders inside tiles, trailing padding; int32 bounds."""
     operator, _, _, static = CASES[case]
-    inputs = packed(make(case, 75), 6)
-    bounds = [0, 0, 5, 5, 68, 70, 70]
+    inputs = packed(make(case, 45, width=2), 6)
+    bounds = [0, 0, 5, 5, 38, 40, 40]
     options = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "implementation": implementation}
     results = got(case, inputs, **options)
     assert_close(results, exact(case, inputs, cu_seqlens=options["cu_seqlens"]))
-    assert not results["o"][:, 70:].any() and not results["d x"][:, 70:].any()
+    assert not results["o"][:, 40:].any() and not results["d x"][:, 40:].any()
     assert torch.equal(results["state"][2], inputs["initial_state"][2])
     for n, (a, b) in enumerate(itertools.pairwise(bounds)):
         if a < b:
@@ -217,15 +219,14 @@ def test_packed_equals_separate(case: str, implementation: str) -> None:
             torch.testing.assert_close(results["state"][n : n + 1], state)
 
 
-@BOTH
-@EVERY
+@RUNS
 def test_split_state_equals_whole(case: str, implementation: str) -> None:
     operator, _, _, static = CASES[case]
-    inputs = {n: x.detach() for n, x in make(case, 70).items()}
+    inputs = {n: x.detach() for n, x in make(case, 40).items()}
     options = {"output_final_state": True, "implementation": implementation, **static}
     whole, final = operator(**inputs, **options)
     state, pieces = inputs.pop("initial_state"), []
-    for part in (slice(0, 33), slice(33, 34), slice(34, 70)):
+    for part in (slice(0, 23), slice(23, 24), slice(24, 40)):
         piece = {n: x[:, part] if x.ndim == 3 else x for n, x in inputs.items()}
         o, state = operator(**piece, initial_state=state, **options)
         pieces.append(o)
@@ -253,8 +254,7 @@ def test_steps_update_the_state_in_place(case: str, implementation: str) -> None
     assert error(torch.cat(outputs, 1), whole) <= FP32_BAR and error(state, final) <= FP32_BAR
 
 
-@BOTH
-@EVERY
+@RUNS
 def test_inputs_need_not_be_contiguous(case: str, implementation: str) -> None:
     inputs = make(case, 3)
     strided = {n: x.detach().mT.contiguous().mT.requires_grad_() if x.ndim > 1 else x for n, x in inputs.items()}
@@ -288,13 +288,12 @@ def nan_in_fresh_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-@BOTH
-@EVERY
+@RUNS
 @pytest.mark.parametrize("together", [False, True])
 def test_nothing_is_read_before_it_is_written(case: str, implementation: str, together: bool) -> None:
-    inputs = make(case, 70)
+    inputs = make(case, 30, width=2)
     inputs = packed(inputs, 3) if together else inputs
-    options = {"cu_seqlens": torch.tensor([0, 5, 5, 66])} if together else {}
+    options = {"cu_seqlens": torch.tensor([0, 5, 5, 26])} if together else {}
     with nan_in_fresh_memory():
         assert torch.empty(3).isnan().all()
         results = got(case, inputs, implementation=implementation, **options)
