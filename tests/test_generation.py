@@ -27,6 +27,8 @@ MODELS = [
     ("mistral", "toy", [1]),
     ("qwen3", "gla", [0]),
     ("llama", "gated_deltanet", 0),
+    ("llama", "hgrn", 0),
+    ("qwen3", "mamba", [0]),
     ("mistral", "window", 0),
     ("phi3", "softmax", 0),
 ]
