@@ -1,21 +1,22 @@
 """Every mixer by every check: operator, layer, packing, gradients, swap, model, generation, compilation, training.
 
-    python -m fla_swap.bench.mixers [--out results/mixers.md] [--mixer NAME …] [--backend aot_eager]
+    python -m fla_swap.bench.mixers [--out results/mixers.md] [--mixer NAME …] [--backend aot_eager] [--cells FILE.json]
 
 Prints the table and writes it. Exit status 1 when a cell failed. The checks are those of `mixer_checks`, which the
-tests run too.
+tests run too. `--cells` keeps every cell on disk as it comes: a later run replaces its own and shows all.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,14 @@ def run_check(kind: Kind, name: str, check: Callable[[Kind], str]) -> Cell:
     return Cell(mixer=kind.name, check=name, passed=passed, seconds=time.perf_counter() - started, note=note)
 
 
+def read_cells(path: Path) -> dict[tuple[str, str], Cell]:
+    """The cells of earlier runs by mixer and check; none when there is no such file."""
+    if not path.exists():
+        return {}
+    cells = [Cell(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    return {(cell.mixer, cell.check): cell for cell in cells}
+
+
 def markdown(cells: Sequence[Cell], command: str) -> str:
     """The table: a row for each mixer, a column for each check; failures spelled out below."""
     names = list(dict.fromkeys(cell.check for cell in cells))
@@ -70,7 +79,7 @@ def markdown(cells: Sequence[Cell], command: str) -> str:
     ]
     for mixer in dict.fromkeys(cell.mixer for cell in cells):
         row = {cell.check: cell for cell in cells if cell.mixer == mixer}
-        texts = [_text(row[name]) for name in names]
+        texts = [_text(row[name]) if name in row else "" for name in names]
         lines.append(f"| {mixer} | " + " | ".join(texts) + f" | {sum(c.seconds for c in row.values()):.1f} |")
     lines += ["", "What a column holds:", ""]
     lines += [f"- {name}: {' '.join((CHECKS[name].__doc__ or '').split())}" for name in names]
@@ -92,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the table, such as results/mixers.md")
     parser.add_argument("--mixer", action="append", help="only this one; may be repeated")
     parser.add_argument("--check", action="append", choices=CHECKS, help="only this one; may be repeated")
+    parser.add_argument("--cells", type=Path, help="JSON file of cells; those of earlier runs stay")
     parser.add_argument("--backend", default="aot_eager", help="of torch.compile: aot_eager, inductor")
     options = parser.parse_args(arguments)
     transformers_logging.disable_progress_bar()
@@ -102,14 +112,18 @@ def main(arguments: list[str] | None = None) -> int:
     for name, check in (("compile: layer", compiled), ("compile: model", compiled_model)):
         if name in checks:
             checks[name] = partial(check, backend=options.backend)
-    cells = []
+    found = {} if options.cells is None else read_cells(options.cells)
     for kind in kinds:
         for name, check in checks.items():
-            cells.append(cell := run_check(kind, name, check))
+            found[kind.name, name] = cell = run_check(kind, name, check)
+            if options.cells is not None:
+                options.cells.write_text(json.dumps([asdict(c) for c in found.values()], indent=1), encoding="utf-8")
             word = {True: "ok", False: "FAILED", None: "–"}[cell.passed]
             console.print(
                 f"{kind.name:16} {name:20} {word:7}{cell.seconds:6.1f} s  {cell.note}", markup=False, soft_wrap=True
             )
+    order = [(kind.name, name) for kind in MIXERS for name in CHECKS]
+    cells = [found[key] for key in order if key in found]
     command = " ".join(["python -m fla_swap.bench.mixers", *(arguments if arguments is not None else sys.argv[1:])])
     text = markdown(cells, command)
     if options.out:

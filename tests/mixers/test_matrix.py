@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fla_swap.bench.mixer_checks import CHECKS, SLOW, NotApplicable, looped
-from fla_swap.bench.mixers import Cell, markdown, run_check
+from fla_swap.bench.mixers import Cell, main, markdown, read_cells, run_check
 from fla_swap.kernels.decay import ops
 from fla_swap.mixers import GLA, MIXERS, Softmax, Window, decay
 
@@ -52,3 +52,13 @@ def test_the_table_shows_what_failed_and_what_says_nothing():
     assert "| gla | FAILED | ok, 4 kB |" in text and "| softmax | ok | – | 2.0 |" in text
     assert f"- gla, {checks[0]}: AssertionError: 1.0 against 2.0" in text and "–: no state." in text
     assert "2 cells passed, 1 failed" in text
+
+
+def test_cells_of_earlier_runs_stay(tmp_path, capsys):
+    file, out = tmp_path / "cells.json", tmp_path / "mixers.md"
+    shared = ["--cells", str(file), "--out", str(out), "--check", "from scratch"]
+    assert main([*shared, "--mixer", "gla"]) == 0 and main([*shared, "--mixer", "retnet"]) == 0
+    assert [key[0] for key in read_cells(file)] == ["gla", "retnet"]
+    text = out.read_text(encoding="utf-8")
+    assert text.index("| retnet | ok") < text.index("| gla | ok") and "2 cells passed, 0 failed" in text
+    assert text in capsys.readouterr().out
