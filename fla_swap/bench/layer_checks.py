@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from fla_swap.kernels.window.ops import window_attention, window_attention_lse
 from fla_swap.mixers import State, TokenMixer
 
 Kind = type[TokenMixer]
@@ -64,7 +65,8 @@ def looped() -> Iterator[int]:
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("fla_swap.mixers.")]
     found = [(m, n, v) for m in modules for n, v in vars(m).items() if _is_operator(v)]
     for module, name, value in found:
-        setattr(module, name, functools.partial(value, implementation="reference"))
+        loop = functools.partial(value, implementation="reference")
+        setattr(module, name, windows_by_loops if value is window_attention_lse else loop)
     try:
         yield len(found)
     finally:
@@ -74,6 +76,23 @@ def looped() -> Iterator[int]:
 
 def _is_operator(value: Any) -> bool:
     return inspect.isfunction(value) and "implementation" in inspect.signature(value).parameters
+
+
+def windows_by_loops(
+    q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None, initial_state: Any = None, **options: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """`window_attention_lse` by the reference, which has no denominator: that follows from values of 1 beside a sink.
+
+    With weights p = Z / (Z + exp s) of all keys together, log (Z + exp s) is s − log(1 − p), and log Z is logit p.
+    """
+    loop = functools.partial(window_attention, implementation="reference")
+    o, state = loop(q, k, v, sinks=sinks, initial_state=initial_state, **options)
+    if initial_state is not None:
+        initial_state = initial_state._replace(v=torch.ones_like(initial_state.v[..., :1]))
+    beside = q.new_zeros(q.shape[2]) if sinks is None else sinks
+    p, _ = loop(q, k, torch.ones_like(v[..., :1]), sinks=beside, initial_state=initial_state, **options)
+    lse = p.logit() if sinks is None else beside[:, None] - torch.log1p(-p)
+    return o, lse[..., 0], state
 
 
 def operator(kind: Kind) -> str:

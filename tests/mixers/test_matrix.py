@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from fla_swap.bench.layer_checks import windows_by_loops
 from fla_swap.bench.mixer_checks import CHECKS, SLOW, NotApplicable, looped
 from fla_swap.bench.mixers import Cell, main, markdown, read_cells, run_check
 from fla_swap.kernels.decay import ops
+from fla_swap.kernels.window.ops import window_attention_lse
 from fla_swap.mixers import GLA, MIXERS, Softmax, Window, decay
 
 
@@ -62,3 +65,12 @@ def test_cells_of_earlier_runs_stay(tmp_path, capsys):
     text = out.read_text(encoding="utf-8")
     assert text.index("| retnet | ok") < text.index("| gla | ok") and "2 cells passed, 0 failed" in text
     assert text in capsys.readouterr().out
+
+
+def test_windows_by_loops_have_the_denominators_of_the_operator():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 9, 4, 5, dtype=torch.float64) for _ in range(3))
+    for sinks in (None, torch.randn(4, dtype=torch.float64)):
+        expected = window_attention_lse(q, k, v, window=4, sinks=sinks, output_final_state=True)
+        found = windows_by_loops(q, k, v, window=4, sinks=sinks, output_final_state=True)
+        torch.testing.assert_close(found, expected)
