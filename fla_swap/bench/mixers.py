@@ -81,7 +81,7 @@ def markdown(cells: Sequence[Cell], command: str) -> str:
         row = {cell.check: cell for cell in cells if cell.mixer == mixer}
         texts = [_text(row[name]) if name in row else "" for name in names]
         lines.append(f"| {mixer} | " + " | ".join(texts) + f" | {sum(c.seconds for c in row.values()):.1f} |")
-    lines += ["", "What a column holds:", ""]
+    lines += ["", "What a column holds (the last one: seconds on the clock, whatever else ran):", ""]
     lines += [f"- {name}: {' '.join((CHECKS[name].__doc__ or '').split())}" for name in names]
     bad = [f"- {cell.mixer}, {cell.check}: {cell.note}" for cell in cells if cell.passed is False]
     lines += ["", "Failed:", "", *bad] if bad else []
