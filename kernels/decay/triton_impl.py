@@ -1,288 +1,279 @@
 """Triton for the gated decay recurrence, forward and backward. Imported only when Triton is chosen.
 
-Five kernels, each used for several quantities, because keys with `g` and values with `gv` play the same part:
+Seven kernels; `README.md` says which tensors they get in each role:
 
-    cumulate      gates → their running sums inside each chunk
-    carry         chunk states forward in time; backwards: the gradients of the chunk states
-    pair          C×C weights inside a chunk: of the output (q, k, g) and of its gradient (do, v, gv)
-    combine       weights @ rows + rows @ state: o and dq; with REVERSE: dk and dv
-    gate_grad     dg and dgv from q·dq, k·dk, v·dv, do·o and the boundary states
+    prepare   rows scaled by the decay inside their chunk
+    pairs     the weights inside a chunk, for chunks that forget too much for that
+    stream    one pass over time, gates on the contracted side: o, dv, chunk states (with value gates: dk, dq)
+    value     one pass over time, gates on the output side: o with value gates
+    side      dq, dk, dg (with value gates: dv, dgv), chunk by chunk
+    carry     states alone: where a pass is cut into segments, and where both sides have gates
+    step      decoding
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from fla_swap.errors import KernelError
-from fla_swap.kernels.common import chunk_bound, chunk_table, triton_interpreted
-from fla_swap.kernels.decay.triton_kernels import (
-    carry_kernel,
-    combine_kernel,
-    cumulate_kernel,
-    gate_grad_kernel,
-    pair_kernel,
-    step_kernel,
-)
+from fla_swap.kernels.decay.triton_carry import carry_kernel, step_kernel
+from fla_swap.kernels.decay.triton_plan import BLOCK, CHUNK, Problem, blocks, make_problem
+from fla_swap.kernels.decay.triton_prepare import pairs_kernel, prepare_kernel
+from fla_swap.kernels.decay.triton_side import side_kernel
+from fla_swap.kernels.decay.triton_stream import stream_kernel
+from fla_swap.kernels.decay.triton_value import value_kernel
+from fla_swap.kernels.launching import Configuration, Launch, Recorder, launch_now
 
-CHUNK = 64
-BLOCK = 64
 LEVELS = 6
 
 
-Launch = Callable[..., None]
-
-
-def launch_now(kernel: Any, programs: int, num_warps: int, num_stages: int, **arguments: Any) -> None:
-    """Run a kernel on a one-dimensional grid (the first grid dimension is the one without a 65,535 limit)."""
-    if not programs:
-        return
-    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](**arguments, num_warps=num_warps, num_stages=num_stages)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Shapes, chunk tables and precision of one call, and how to launch (the cross-compile test records instead)."""
-
-    heads: int
-    width: int
-    value_width: int
-    time: int
-    chunks: int
-    sequences: int
-    slots: int
-    table: Tensor | None
-    bounds: Tensor | None
-    first_slots: Tensor | None
-    dot: Any
-    precision: str
-    launch: Launch
-
-    @property
-    def place(self) -> dict[str, Any]:
-        """What every chunk kernel needs to find its tokens."""
-        return {
-            "table": self.table,
-            "bounds": self.bounds,
-            "T": self.time,
-            "CHUNKS": self.chunks,
-            "H": self.heads,
-            "C": CHUNK,
-            "BLOCK": BLOCK,
-            "PACKED": self.bounds is not None,
-        }
-
-    @property
-    def products(self) -> dict[str, Any]:
-        return {"DOT": self.dot, "PRECISION": self.precision}
-
-    def warps(self, heavy: bool) -> int:
-        """8 where 4 would spill registers: fp32 operands, and the most gated variants."""
-        return 8 if heavy or self.dot == tl.float32 else 4
-
-
-def _blocks(width: int) -> int:
-    return -(-width // BLOCK)
-
-
-def make_problem(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, launch: Launch) -> Problem:
-    """Build the chunk tables on the device.
-
-    bf16 multiplies natively, fp16 in tf32 (same mantissa, and the state may pass 65,504), fp32 exactly. Triton's
-    interpreter cannot multiply bf16: it works in fp32.
-    """
-    batch, time, heads, width = q.shape
-    half = q.dtype == torch.float16 and torch.version.hip is None
-    table = first_slots = None
-    chunks, sequences = -(-time // CHUNK), batch
-    slots = batch * chunks
-    if cu_seqlens is not None:
-        sequences = cu_seqlens.shape[0] - 1
-        slots = chunk_bound(time, CHUNK, sequences)
-        table = chunk_table(cu_seqlens, time, CHUNK)
-        counts = ((cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64) + CHUNK - 1) // CHUNK
-        first_slots = counts.cumsum(0) - counts
-    return Problem(
-        heads=heads,
-        width=width,
-        value_width=v.shape[3],
-        time=time,
-        chunks=chunks,
-        sequences=sequences,
-        slots=slots,
-        table=table,
-        bounds=cu_seqlens,
-        first_slots=first_slots,
-        dot=tl.bfloat16 if q.dtype == torch.bfloat16 and not triton_interpreted() else tl.float32,
-        precision="tf32" if half else "ieee",
-        launch=launch,
-    )
-
-
-def _cumulate(p: Problem, g: Tensor | None, like: Tensor) -> Tensor | None:
-    """Running sums of gates; float64 for fp32 inputs, whose differences would otherwise lose their last digits."""
-    if g is None:
-        return None
-    sums = torch.empty_like(g, dtype=torch.float64 if like.dtype == torch.float32 else torch.float32)
-    blocks = _blocks(g.shape[3])
-    p.launch(cumulate_kernel, p.slots * p.heads * blocks, 4, 1, g=g, sums=sums, D=g.shape[3], BLOCKS=blocks, **p.place)
-    return sums
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def _carry(
     p: Problem,
-    x: Tensor,
+    b: Tensor,
     y: Tensor,
     gates: tuple[Tensor | None, Tensor | None],
     initial: Tensor | None,
     scale: float,
     *,
-    reverse: bool,
+    every: int,
+    reverse: bool = False,
+    before: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """States before each chunk [slots,H,K,V] and after the last [N,H,K,V]; both fp32."""
-    states = x.new_empty((p.slots, p.heads, p.width, p.value_width), dtype=torch.float32)
-    final = x.new_empty((p.sequences, p.heads, p.width, p.value_width), dtype=torch.float32)
-    key_blocks, value_blocks = _blocks(p.width), _blocks(p.value_width)
-    place = {name: value for name, value in p.place.items() if name != "table"}
-    p.launch(
+    """States before every `every`-th chunk (reverse: gradients after them) [·,H,K,V], and the last one [N,H,K,V]."""
+    stored = p.states(p.slots if every == 1 else p.units, p.narrow if every == 1 else torch.float32)
+    final = p.states(p.sequences)
+    x_blocks, y_blocks = blocks(b.shape[3]), blocks(y.shape[3])
+    p.run(
         carry_kernel,
-        p.sequences * p.heads * key_blocks * value_blocks,
-        p.warps(gates[0] is not None and gates[1] is not None),
-        1,
-        x=x,
+        p.sequences * p.heads * x_blocks * y_blocks,
+        b=b,
         y=y,
         gx=gates[0],
         gy=gates[1],
         initial=initial,
-        states=states,
+        stored=stored,
         final=final,
-        first_slots=p.first_slots,
+        units=p.whole if every == 1 else p.marks,
+        STRIDE=p.chunks if every == 1 else p.segments,
+        EVERY=every,
         scale=scale,
-        K=p.width,
-        V=p.value_width,
-        K_BLOCKS=key_blocks,
-        V_BLOCKS=value_blocks,
+        X=b.shape[3],
+        Y=y.shape[3],
+        X_BLOCKS=x_blocks,
+        Y_BLOCKS=y_blocks,
         REVERSE=reverse,
-        **place,
-        **p.products,
+        BEFORE=before,
     )
-    return states, final
+    return stored, final
 
 
-def _pair(p: Problem, x: Tensor, y: Tensor, g: Tensor | None, scale: float) -> Tensor:
-    """Weights inside the chunks, [slots,H,C,C], zero above the diagonal."""
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    weights = x.new_empty((p.slots, p.heads, CHUNK, CHUNK), dtype=dtype)
-    width = x.shape[3]
-    p.launch(
-        pair_kernel,
-        p.slots * p.heads,
-        p.warps(False),
-        1,
-        x=x,
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side's gates and the rows scaled by them; what `prepare_kernel` and `pairs_kernel` write."""
+
+    gates: Tensor
+    readers: Tensor | None
+    writers: Tensor
+    shifts: Tensor
+    slow: Tensor
+    own: Tensor | None
+    pairs: Tensor | None
+
+
+def _prepare(p: Problem, z: Tensor | None, y: Tensor, g: Tensor, u: Tensor | None = None) -> Side:
+    """Scale readers z (or None) and writers y; with readers, also the pairs of chunks that forget too much."""
+    width, count = y.shape[3], blocks(y.shape[3])
+    readers, writers = (None if x is None else torch.empty_like(x, dtype=p.narrow) for x in (z, y))
+    assert writers is not None
+    shifts = y.new_empty((p.slots, p.heads, 3, width), dtype=torch.float32)
+    slow = y.new_empty((p.slots, p.heads, count), dtype=torch.int32)
+    tokens = y.shape[0] * y.shape[1]
+    own = None if u is None else y.new_empty((count, tokens, p.heads), dtype=torch.float32)
+    place = {"places": p.places, "CHUNKS": p.chunks, "D": width, "BLOCKS": count, "BEFORE": u is not None}
+    p.run(
+        prepare_kernel,
+        p.slots * p.heads * count,
+        z=z,
         y=y,
         g=g,
-        weights=weights,
-        scale=scale,
-        D=width,
-        BLOCKS=_blocks(width),
-        LEVELS=LEVELS,
-        **p.place,
-        **p.products,
+        u=u,
+        readers=readers,
+        writers=writers,
+        shifts=shifts,
+        slow=slow,
+        own=own,
+        TOKENS=tokens,
+        LIMIT=p.limit,
+        **place,
     )
-    return weights
+    pairs = None
+    if z is not None:
+        pairs = y.new_empty((p.slots, p.heads, CHUNK, CHUNK), dtype=p.narrow)
+        p.run(pairs_kernel, p.slots * p.heads, z=z, y=y, g=g, slow=slow, pairs=pairs, LEVELS=LEVELS, **place)
+    if own is not None:
+        own = own[0] if count == 1 else own.sum(0)
+    return Side(gates=g, readers=readers, writers=writers, shifts=shifts, slow=slow, own=own, pairs=pairs)
 
 
-def _combine(
+def _passed(p: Problem, x: Tensor, y: Tensor, *, flipped: bool) -> dict[str, Any]:
+    """What the stream and the value kernel have in common."""
+    return {
+        "units": p.cut,
+        "SEGMENTS": p.segments,
+        "SEGMENT": p.segment,
+        "STRIDE": p.chunks,
+        "X": x.shape[3],
+        "Y": y.shape[3],
+        "BX": max(BLOCK, triton.next_power_of_2(x.shape[3])),
+        "X_BLOCKS": blocks(x.shape[3]),
+        "Y_BLOCKS": blocks(y.shape[3]),
+        "FLIPPED": flipped,
+    }
+
+
+def _stream(
     p: Problem,
-    weights: Tensor,
-    x: Tensor,
+    a: Tensor | None,
+    b: Tensor,
     y: Tensor,
-    gates: tuple[Tensor | None, Tensor | None],
-    states: Tensor,
+    side: Side | None,
+    initial: Tensor | None,
     scale: float,
     *,
-    transposed: bool = False,
+    flipped: bool = False,
     reverse: bool = False,
-    partner: Tensor | None = None,
-    only_flow: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(out, flow) of `combine_kernel`, shaped like y; flow is None without a partner."""
-    new = torch.empty_like if p.bounds is None else torch.zeros_like
-    out = None if only_flow else new(y)
-    flow = None if partner is None else torch.empty_like(y, dtype=torch.float32)
-    x_width, y_width = x.shape[3], y.shape[3]
-    p.launch(
-        combine_kernel,
-        p.slots * p.heads * _blocks(y_width),
-        p.warps(gates[1] is not None),
-        1,
-        weights=weights,
-        x=x,
+    stored: Tensor | None = None,
+    final: Tensor | None = None,
+) -> Tensor | None:
+    """The rows that y's are mixed into; a and b are already scaled by the side's gates. Without a: only the states."""
+    out = None if a is None else p.like(y)
+    p.run(
+        stream_kernel,
+        p.units * p.heads * blocks(y.shape[3]),
+        a=a,
+        b=b,
         y=y,
-        gx=gates[0],
-        gy=gates[1],
-        states=states,
-        partner=partner,
+        shifts=side and side.shifts,
+        slow=side and side.slow,
+        slow_pairs=side and side.pairs,
+        own=side and side.own,
+        initial=initial,
         out=out,
-        flow=flow,
+        stored=stored,
+        final=final,
         scale=scale,
-        X=x_width,
-        Y=y_width,
-        X_BLOCKS=_blocks(x_width),
-        Y_BLOCKS=_blocks(y_width),
-        LEVELS=LEVELS,
-        TRANSPOSED=transposed,
         REVERSE=reverse,
-        **p.place,
-        **p.products,
+        **_passed(p, b, y, flipped=flipped),
     )
-    return out, flow
+    return out
 
 
-def _gate_grad(
-    p: Problem, g: Tensor, flows: tuple[Tensor, Tensor], carried: tuple[Tensor, Tensor, Tensor], *, transposed: bool
+def _value(
+    p: Problem,
+    a: Tensor,
+    b: Tensor,
+    y: Tensor,
+    sides: tuple[Side | None, Side],
+    initial: Tensor | None,
+    scale: float,
+    final: Tensor | None,
 ) -> Tensor:
-    """Gradient of one side's gates from (gained, lost) flows and (states, gradients at ends, initial gradient)."""
-    grad = torch.empty_like(g) if p.bounds is None else torch.zeros_like(g)
-    width, other = (p.value_width, p.width) if transposed else (p.width, p.value_width)
-    p.launch(
-        gate_grad_kernel,
-        p.slots * p.heads * _blocks(width),
-        4,
-        1,
-        gained=flows[0],
-        lost=flows[1],
-        states=carried[0],
-        ends=carried[1],
-        initial_grad=carried[2],
-        grad=grad,
-        D=width,
-        OTHER=other,
-        BLOCKS=_blocks(width),
-        OTHER_BLOCKS=_blocks(other),
-        TRANSPOSED=transposed,
-        **p.place,
+    """The rows that y's are mixed into, with gates on y and maybe on a and b. Sides: contracted, output."""
+    out = p.like(y)
+    contracted, side = sides
+    passed = _passed(p, a, y, flipped=False)
+    del passed["FLIPPED"]
+    p.run(
+        value_kernel,
+        p.units * p.heads * blocks(y.shape[3]),
+        a=a,
+        b=b,
+        y=y,
+        gy=side.gates,
+        writers=side.writers,
+        shifts=side.shifts,
+        slow=side.slow,
+        initial=initial,
+        out=out,
+        final=final,
+        scale=scale,
+        LEVELS=LEVELS,
+        x_shifts=contracted and contracted.shifts,
+        x_slow=contracted and contracted.slow,
+        slow_pairs=contracted and contracted.pairs,
+        **passed,
     )
-    return grad
+    return out
 
 
-def _refuse_bonus(u: Tensor | None) -> None:
-    if u is not None:
-        raise KernelError("rwkv6 has no Triton kernel yet; use implementation='torch'")
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [None if x is None else x.contiguous() for x in tensors]
+def _side(
+    p: Problem,
+    a: Tensor,
+    b: Tensor,
+    z: Tensor,
+    y: Tensor,
+    sides: tuple[Side | None, Side | None],
+    states: tuple[Tensor, Tensor],
+    scale: float,
+    *,
+    flipped: bool = False,
+    z_grad: Tensor | None = None,
+    u: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of y, of its gates and of u; fills `z_grad`. Sides: contracted, output. States: starts, ends."""
+    x_side, side = sides
+    y_grad = p.like(y)
+    gate_grad = None if side is None else p.like(side.gates)
+    u_grad = None if u is None else y.new_empty((p.slots, p.heads, y.shape[3]), dtype=torch.float32)
+    width = a.shape[3]
+    for slow in (False, True):
+        if slow and side is None:
+            continue
+        p.run(
+            side_kernel,
+            p.slots * p.heads * blocks(y.shape[3]),
+            a=a,
+            b=b,
+            y=y,
+            z=z,
+            gy=side and side.gates,
+            readers=side.readers if side else z,
+            writers=side.writers if side else y,
+            shifts=side and side.shifts,
+            slow=side and side.slow,
+            x_shifts=x_side and x_side.shifts,
+            x_slow=x_side and x_side.slow,
+            slow_pairs=x_side and x_side.pairs,
+            u=u,
+            starts=states[0],
+            ends=states[1],
+            z_grad=z_grad,
+            y_grad=y_grad,
+            gate_grad=gate_grad,
+            u_grad=u_grad,
+            places=p.places,
+            CHUNKS=p.chunks,
+            scale=scale,
+            X=width,
+            Y=y.shape[3],
+            BX=max(BLOCK, triton.next_power_of_2(width)),
+            X_BLOCKS=blocks(width),
+            Y_BLOCKS=blocks(y.shape[3]),
+            LEVELS=LEVELS,
+            BEFORE=u is not None,
+            FLIPPED=flipped,
+            SLOW=slow,
+        )
+    return y_grad, gate_grad, None if u_grad is None else u_grad.sum(0)
 
 
 def forward(
@@ -296,17 +287,25 @@ def forward(
     cu_seqlens: Tensor | None,
     scale: float,
     launch: Launch = launch_now,
+    large: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B,T,H,V] in q's dtype and final state [N,H,K,V] in fp32."""
-    _refuse_bonus(u)
-    q, k, v, g, gv, initial_state, cu_seqlens = _contiguous(q, k, v, g, gv, initial_state, cu_seqlens)
-    p = make_problem(q, v, cu_seqlens, launch)
-    gates = _cumulate(p, g, q), _cumulate(p, gv, q)
-    states, final = _carry(p, k, v, gates, initial_state, 1.0, reverse=False)
-    weights = _pair(p, q, k, gates[0], scale)
-    o, _ = _combine(p, weights, q, v, gates, states, scale)
-    assert o is not None
-    return o, final
+    q, k, v, g, gv, u, initial_state, cu_seqlens = _contiguous(q, k, v, g, gv, u, initial_state, cu_seqlens)
+    p = make_problem(q, v, cu_seqlens, launch, large)
+    start, final = initial_state, None
+    if p.single:
+        final = last = p.states(p.sequences)
+    else:
+        start, last = _carry(p, k, v, (g, gv), initial_state, 1.0, every=p.segment)
+    keys = None if g is None else _prepare(p, q, k, g, u)
+    if keys is not None:
+        assert keys.readers is not None
+        q, k = keys.readers, keys.writers
+    if gv is None:
+        o = _stream(p, q, k, v, keys, start, scale, final=final)
+        assert o is not None
+        return o, last
+    return _value(p, q, k, v, (keys, _prepare(p, None, v, gv)), start, scale, final), last
 
 
 def backward(
@@ -322,38 +321,45 @@ def backward(
     final_grad: Tensor | None,
     scale: float,
     launch: Launch = launch_now,
+    large: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Gradients of q, k, v, g, gv and the initial state; those of absent gates are None. States are recomputed."""
-    _refuse_bonus(u)
-    q, k, v, g, gv, initial_state, cu_seqlens = _contiguous(q, k, v, g, gv, initial_state, cu_seqlens)
-    out_grad, final_grad = _contiguous(out_grad.to(q.dtype), final_grad)
-    p = make_problem(q, v, cu_seqlens, launch)
-    gates = _cumulate(p, g, q), _cumulate(p, gv, q)
-    swapped = gates[1], gates[0]
-    states, _ = _carry(p, k, v, gates, initial_state, 1.0, reverse=False)
-    ends, initial_grad = _carry(p, q, out_grad, gates, final_grad, scale, reverse=True)
-    weights, weights_grad = _pair(p, q, k, gates[0], scale), _pair(p, out_grad, v, gates[1], scale)
-    on_keys, on_values = g is not None, gv is not None
-    dq, lost = _combine(
-        p, weights_grad, out_grad, k, swapped, states, scale, transposed=True, partner=q if on_keys else None
-    )
-    dk, gained = _combine(
-        p, weights_grad, v, q, swapped, ends, 1.0, transposed=True, reverse=True, partner=k if on_keys else None
-    )
-    dv, value_gained = _combine(
-        p, weights, k, out_grad, gates, ends, 1.0, reverse=True, partner=v if on_values else None
-    )
-    assert dq is not None and dk is not None and dv is not None
-    dg = dgv = None
-    carried = states, ends, initial_grad
-    if g is not None:
-        assert gained is not None and lost is not None
-        dg = _gate_grad(p, g, (gained, lost), carried, transposed=False)
-    if gv is not None:
-        _, value_lost = _combine(p, weights, q, v, gates, states, scale, partner=out_grad, only_flow=True)
-        assert value_gained is not None and value_lost is not None
-        dgv = _gate_grad(p, gv, (value_gained, value_lost), carried, transposed=True)
-    return dq, dk, dv, dg, dgv, None, initial_grad
+    """Gradients of q, k, v, g, gv, u and the initial state; those of absent gates and bonus are None."""
+    q, k, v, g, gv, u, initial_state, cu_seqlens = _contiguous(q, k, v, g, gv, u, initial_state, cu_seqlens)
+    do, final_grad = _contiguous(out_grad.to(q.dtype), final_grad)
+    p = make_problem(q, v, cu_seqlens, launch, large)
+    keys = None if g is None else _prepare(p, q, k, g, u)
+    values = None if gv is None else _prepare(p, do, v, gv)
+    qs, ks = (q, k) if keys is None else (keys.readers, keys.writers)
+    os, vs = (do, v) if values is None else (values.readers, values.writers)
+    if keys is not None and values is not None:
+        ends, initial_grad = _carry(p, q, do, (g, gv), final_grad, scale, every=1, reverse=True)
+        starts, _ = _carry(p, k, v, (g, gv), initial_state, 1.0, every=1)
+        dq = p.like(q)
+        dk, dg, _ = _side(p, os, vs, q, k, (values, keys), (starts, ends), scale, flipped=True, z_grad=dq)
+        dv, dgv, _ = _side(p, qs, ks, do, v, (keys, values), (starts, ends), scale)
+        return dq, dk, dv, dg, dgv, None, initial_grad
+    start, end, first_grad = initial_state, final_grad, None
+    if p.single:
+        first_grad = initial_grad = p.states(p.sequences)
+    else:
+        start, _ = _carry(p, k, v, (g, gv), initial_state, 1.0, every=p.segment)
+        end, initial_grad = _carry(
+            p, q, do, (g, gv), final_grad, scale, every=p.segment, reverse=True, before=u is not None
+        )
+    starts, ends = p.states(p.slots, p.narrow), p.states(p.slots, p.narrow)
+    kept = {"reverse": True, "stored": ends, "final": first_grad}
+    if values is None:
+        _stream(p, None, ks, v, keys, start, scale, stored=starts)
+        dv = _stream(p, ks, qs, do, keys, end, scale, **kept)
+        dq = p.like(q)
+        dk, dg, du = _side(p, do, v, q, k, (None, keys), (starts, ends), scale, flipped=True, z_grad=dq, u=u)
+        assert dv is not None
+        return dq, dk, dv, dg, None, None if u is None else du.to(u.dtype), initial_grad
+    dk = _stream(p, vs, os, q, values, end, scale, flipped=True, **kept)
+    dq = _stream(p, os, vs, k, values, start, scale, flipped=True, stored=starts)
+    dv, dgv, _ = _side(p, q, k, do, v, (None, values), (starts, ends), scale)
+    assert dk is not None and dq is not None
+    return dq, dk, dv, None, dgv, None, initial_grad
 
 
 def step(
@@ -368,17 +374,16 @@ def step(
     launch: Launch = launch_now,
 ) -> Tensor:
     """T steps of the recurrence, in place on `state` [B,H,K,V] (contiguous). Returns [B,T,H,V] in q's dtype."""
-    _refuse_bonus(u)
-    q, k, v, g, gv = _contiguous(q, k, v, g, gv)
+    q, k, v, g, gv, u = _contiguous(q, k, v, g, gv, u)
     batch, time, heads, width = q.shape
     value_width = v.shape[3]
     padded = max(16, triton.next_power_of_2(width))
     tile = 16 if padded > 128 else 32
-    blocks = -(-value_width // tile)
+    count = -(-value_width // tile)
     out = torch.empty_like(v)
     launch(
         step_kernel,
-        batch * heads * blocks,
+        (batch * heads * count,),
         4,
         1,
         q=q,
@@ -386,6 +391,7 @@ def step(
         v=v,
         g=g,
         gv=gv,
+        u=u,
         state=state,
         out=out,
         T=time,
@@ -395,62 +401,30 @@ def step(
         V=value_width,
         BK=padded,
         BV=tile,
-        V_BLOCKS=blocks,
+        V_BLOCKS=count,
     )
     return out
 
 
-def configurations() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Kernels as shipped, bf16 and fp32, D 64 and 128: name, kernel, signature, constexprs, num_warps, num_stages."""
-    found: dict[str, tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = {}
-
-    def record(kernel: Any, programs: int, num_warps: int, num_stages: int, **arguments: Any) -> None:
-        signature, constexprs = _describe(kernel, arguments)
-        name = f"{kernel.fn.__name__} {[*signature.values()]} {constexprs}"
-        found.setdefault(name, (name, kernel, signature, constexprs, num_warps, num_stages))
-
+def configurations(large: bool = False) -> Iterator[Configuration]:
+    """Kernels as shipped, bf16 and fp32, D 64 and 128. `large`: see `triton_plan.Problem`."""
+    record = Recorder()
     for dtype in (torch.bfloat16, torch.float32):
         for width in (64, 128):
-            for gated, packed in ((True, False), (False, False), (True, True)):
-                _record_calls(dtype, width, gated, packed, record)
-    yield from found.values()
+            for gates, packed in (("g", False), ("gu", False), ("v", False), ("gv", True), ("", False), ("g", True)):
+                _record_calls(dtype, width, gates, packed, {"launch": record, "large": large})
+    yield from record.found.values()
 
 
-def _record_calls(dtype: torch.dtype, width: int, gated: bool, packed: bool, record: Launch) -> None:
+def _record_calls(dtype: torch.dtype, width: int, gates: str, packed: bool, options: dict[str, Any]) -> None:
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     q, k, v, o = (new(1, 128, 2, width) for _ in range(4))
     bounds = new(4, dtype=torch.int32) if packed else None
     state = new(3 if packed else 1, 2, width, width, dtype=torch.float32)
-    for value_gated in (False, True) if gated else (False,):
-        g = new(1, 128, 2, width, dtype=torch.float32) if gated else None
-        gv = g if value_gated else None
-        forward(q, k, v, g, gv, None, state, bounds, 1.0, launch=record)
-        backward(q, k, v, g, gv, None, state, bounds, o, state, 1.0, launch=record)
-        step(q, k, v, g, gv, None, state[:1], 1.0, launch=record)
-
-
-_TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-
-
-def _describe(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Triton's signature and constexprs for a launch with these arguments."""
-    signature: dict[str, str] = {}
-    constexprs: dict[str, Any] = {}
-    for parameter in kernel.params:
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name] = "constexpr"
-            constexprs[parameter.name] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = _TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    return signature, constexprs
+    g, gv = (new(1, 128, 2, width) if name in gates else None for name in "gv")
+    u = new(2, width, dtype=torch.float32) if "u" in gates else None
+    forward(q, k, v, g, gv, u, state, bounds, 1.0, **options)
+    backward(q, k, v, g, gv, u, state, bounds, o, state, 1.0, **options)
+    step(q, k, v, g, gv, u, state[:1], 1.0, launch=options["launch"])

@@ -13,7 +13,7 @@ from fla_swap.kernels.decay.rwkv6 import rwkv6, rwkv6_step
 
 FP32_BAR, GATE_BAR = 1e-5, 1e-4
 HEADS, KEY, VALUE = 2, 20, 12
-BOTH = pytest.mark.parametrize("implementation", ["torch"])
+BOTH = pytest.mark.parametrize("implementation", ["torch", "triton"])
 
 
 def make(time: int, *, batch: int = 2, sequences: int | None = None, seed: int = 0, strong: float = 0.2):
@@ -91,7 +91,7 @@ def test_grouped_value_heads(implementation: str) -> None:
     assert_close(run(rwkv6, inputs, implementation=implementation), exact(inputs))
 
 
-@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize("implementation", ["torch", "triton", "reference"])
 def test_steps_equal_the_whole_and_update_the_state_in_place(implementation: str) -> None:
     inputs = {n: x.detach() for n, x in make(6).items()}
     whole, final = rwkv6(**inputs, output_final_state=True, implementation="torch")
