@@ -142,6 +142,7 @@ def numerics_cases() -> tuple[dict[str, Any], ...]:
     cases = (
         ("gla", gla, gla_reference, make_inputs(("g",))),
         ("gla, gv", gla, gla_reference, make_inputs(("g", "gv"))),
+        ("gla, gv alone", gla, gla_reference, make_inputs(("gv",))),
         ("gla, no gate", gla, gla_reference, make_inputs(())),
         ("rwkv6", rwkv6, rwkv6_reference, make_inputs(("g", "u"))),
         ("simple_gla", simple_gla, per_head, make_inputs(("g",), per_head=True)),

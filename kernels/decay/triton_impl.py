@@ -331,6 +331,7 @@ def backward(
     values = None if gv is None else _prepare(p, do, v, gv)
     qs, ks = (q, k) if keys is None else (keys.readers, keys.writers)
     os, vs = (do, v) if values is None else (values.readers, values.writers)
+    assert qs is not None and os is not None
     if keys is not None and values is not None:
         ends, initial_grad = _carry(p, q, do, (g, gv), final_grad, scale, every=1, reverse=True)
         starts, _ = _carry(p, k, v, (g, gv), initial_state, 1.0, every=1)
@@ -354,7 +355,7 @@ def backward(
         dq = p.like(q)
         dk, dg, du = _side(p, do, v, q, k, (None, keys), (starts, ends), scale, flipped=True, z_grad=dq, u=u)
         assert dv is not None
-        return dq, dk, dv, dg, None, None if u is None else du.to(u.dtype), initial_grad
+        return dq, dk, dv, dg, None, None if u is None or du is None else du.to(u.dtype), initial_grad
     dk = _stream(p, vs, os, q, values, end, scale, flipped=True, **kept)
     dq = _stream(p, os, vs, k, values, start, scale, flipped=True, stored=starts)
     dv, dgv, _ = _side(p, q, k, do, v, (None, values), (starts, ends), scale)

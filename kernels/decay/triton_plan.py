@@ -61,8 +61,8 @@ class Problem:
 
     @property
     def narrow(self) -> torch.dtype:
-        """Of stored states: fp16's range is too small for them."""
-        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        """Of stored states and scaled rows: fp16's range is too small, and Triton's interpreter truncates to bf16."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 and not triton_interpreted() else torch.float32
 
     @property
     def limit(self) -> float:
@@ -98,7 +98,7 @@ class Problem:
         narrow = self.dtype == torch.bfloat16
         wide = arguments.get("BX", BLOCK) > 128
         if kernel is stream_kernel:
-            return (4, 2) if narrow and self.large and not wide else (8 if wide else 4, 1)
+            return (4, 2) if narrow and self.large and not wide else (4 if narrow and not wide else 8, 1)
         heavy = kernel in (value_kernel, side_kernel) and (wide or not narrow or arguments.get("SLOW", False))
         return 8 if heavy else 4, 1
 

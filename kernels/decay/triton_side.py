@@ -113,17 +113,21 @@ def side_kernel(
             lost = zt.to(tl.float32) * read
             if BEFORE:  # the first row has no other part
                 lost = tl.where((rows > 0)[:, None], lost, 0.0)
+            if not BEFORE:
+                read += own * yt.to(tl.float32)
         lost = lost.to(DOT)
         read *= _decay(gates, entering, True, BEFORE, C, DOT, GATE)
         if SLOW:
             read += rest
     else:
-        read += _dot(pairs, yt, DOT, PRECISION)
+        read += _dot(pairs, yt, DOT, PRECISION) + own * yt.to(tl.float32)
     if z_grad is not None:
-        raw = own * _rows(y, start, count, head, H, rows, ys, Y).to(tl.float32)
-        if BEFORE:
-            raw = raw * bonus + next_own * _rows(y, start, count, head, H, rows - 1, ys, Y).to(tl.float32)
-        _store_rows(z_grad, read + raw, start, count, head, H, rows, ys, Y)
+        if BEFORE or SLOW:
+            raw = own * _rows(y, start, count, head, H, rows, ys, Y).to(tl.float32)
+            if BEFORE:
+                raw = raw * bonus + next_own * _rows(y, start, count, head, H, rows - 1, ys, Y).to(tl.float32)
+            read += raw
+        _store_rows(z_grad, read, start, count, head, H, rows, ys, Y)
 
     back = _dot(bt, tl.trans(end), DOT, PRECISION)
     if gy is not None:
@@ -142,14 +146,18 @@ def side_kernel(
         else:
             flow = _sums(rows[None, :] < rows[:, None], (gained - lost.to(tl.float32)).to(DOT), DOT, GATE)
         _store_rows(gate_grad, flow + through[None, :], start, count, head, H, rows, ys, Y)
+        if not (BEFORE or SLOW):
+            back += own * zt.to(tl.float32)
         back *= _decay(gates, leaving, False, False, C, DOT, GATE)
         if SLOW:
             back += rest
     else:
-        back += _dot(tl.trans(pairs), zt, DOT, PRECISION)
-    raw = own * _rows(z, start, count, head, H, rows, ys, Y).to(tl.float32)
-    if BEFORE:
-        raw_y = _rows(y, start, count, head, H, rows, ys, Y).to(tl.float32)
-        tl.store(u_grad + place * Y + ys, tl.sum(raw * raw_y, 0), mask=ys < Y)
-        raw = raw * bonus + own_next * _rows(z, start, count, head, H, rows + 1, ys, Y).to(tl.float32)
-    _store_rows(y_grad, back + raw, start, count, head, H, rows, ys, Y)
+        back += _dot(tl.trans(pairs), zt, DOT, PRECISION) + own * zt.to(tl.float32)
+    if BEFORE or SLOW:
+        raw = own * _rows(z, start, count, head, H, rows, ys, Y).to(tl.float32)
+        if BEFORE:
+            raw_y = _rows(y, start, count, head, H, rows, ys, Y).to(tl.float32)
+            tl.store(u_grad + place * Y + ys, tl.sum(raw * raw_y, 0), mask=ys < Y)
+            raw = raw * bonus + own_next * _rows(z, start, count, head, H, rows + 1, ys, Y).to(tl.float32)
+        back += raw
+    _store_rows(y_grad, back, start, count, head, H, rows, ys, Y)
