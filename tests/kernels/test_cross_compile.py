@@ -21,9 +21,9 @@ MODULES = sorted(
 )
 
 # Bytes a thread may spill on sm_90, by module and whether the inputs are narrow (bf16). Most kernels spill nothing in
-# bf16. The most: 784 for one decay per head with gate gradients at width 256, 592 for window's query gradients at that
-# width (tiles that spill less were slower), 2,400 for KDA's gradients. fp32 products without tensor cores
-# cost the decay kernels up to 304, window 1,880, the delta rule's walks 3,200.
+# bf16. The most: 384 for one decay per head at width 256, 592 for window's query gradients at that width (tiles that
+# spill less were slower), 2,400 for KDA's gradients. fp32 products without tensor cores cost the decay kernels up to
+# 304, window 1,880, the delta rule's walks 3,200.
 STACK_LIMITS = {
     ("decay.simple_triton", True): 400,
     ("decay.simple_triton", False): 32,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fla_swap.kernels.decay.reference import gla_reference
 from fla_swap.kernels.delta.reference import gated_delta_rule_reference
-from fla_swap.ops import gated_delta_rule, gla, window_attention
+from fla_swap.ops import gated_delta_rule, gla, linear_attention, retention, simple_gla, window_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -126,3 +126,50 @@ def test_window_attention_of_every_tile(dtype, width, window, options):
         assert torch.isfinite(got).all()
         limit = limits[number > 0]
         assert error(got, right) < limit or float((got.double() - right).abs().max()) < limit * largest
+
+
+@pytest.mark.parametrize("gate", ["none", "constant", "per step"])
+@pytest.mark.parametrize("width", [60, 64, 100, 128, 256])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("value_heads", [4, 96], ids=["segments", "one pass"])
+def test_one_decay_per_head(value_heads, packed, width, gate):
+    """Outputs, states and gradients in bf16 against float64: two value heads for each query and key head."""
+    generator = torch.Generator("cuda").manual_seed(width)
+
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    time, bounds = 1030, torch.tensor([0, 3, 3, 600, 1001], device="cuda") if packed else None
+    q, k = (normal(1, time, value_heads // 2, width).bfloat16() for _ in range(2))
+    v = normal(1, time, value_heads, width).bfloat16()
+    state = normal(4 if packed else 1, value_heads, width, width)
+    gates = {
+        "none": (),
+        "constant": (-torch.rand(value_heads, device="cuda", generator=generator) / 5,),
+        "per step": (F.logsigmoid(normal(1, time, value_heads)) / 4,),
+    }[gate]
+
+    def run(cast, **more):
+        leaves = [x.to(cast).detach().requires_grad_() for x in (q, k, v)]
+        other = torch.float64 if cast == torch.float64 else torch.float32
+        leaves += [x.to(other).detach().requires_grad_() for x in (state, *gates)]
+        options = {"initial_state": leaves[3], "output_final_state": True, "cu_seqlens": bounds} | more
+        if gate == "per step":
+            o, final = simple_gla(*leaves[:3], leaves[4], **options)
+        elif gate == "constant":
+            o, final = retention(*leaves[:3], decay=leaves[4], **options)
+        else:
+            o, final = linear_attention(*leaves[:3], **options)
+        cotangents = [
+            torch.randn(x.shape, generator=torch.Generator().manual_seed(n)) for n, x in enumerate((o, final))
+        ]
+        gradients = torch.autograd.grad(
+            (o, final), leaves, [c.to(x) for c, x in zip(cotangents, (o, final), strict=True)]
+        )
+        return [o.detach(), final.detach(), *gradients]
+
+    exact = run(torch.float64, implementation="torch")
+    limits = [5e-3, 5e-3, 8e-3, 8e-3, 8e-3, 8e-3, 2e-2]
+    for got, right, limit in zip(run(torch.bfloat16), exact, limits[: len(exact)], strict=True):
+        assert torch.isfinite(got).all()
+        assert error(got, right) < limit
