@@ -10,6 +10,9 @@ from torch import Tensor
 from fla_swap.errors import KernelError
 from fla_swap.kernels.common import check_cu_seqlens, check_shape
 
+CHUNK = 64
+"""Rows from one state that `selective_scan` keeps for its backward to the next."""
+
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from fla_swap.kernels.common import choose_implementation
-from fla_swap.kernels.scan.checks import check_in_place, check_input, check_others, check_triton, state_dtype
+from fla_swap.kernels.scan.checks import CHUNK, check_in_place, check_input, check_others, check_triton, state_dtype
 from fla_swap.kernels.scan.reference import selective_scan_reference
-
-CHUNKS = {"torch": 64, "triton": 4}
-"""Rows from one state that is kept for the backward to the next."""
 
 
 def selective_scan(
@@ -170,8 +167,8 @@ def selective_scan_fwd(
     keep: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator behind `selective_scan`: y, the final state, and the states [B,M,N,D] before every
-    `CHUNKS`-th row (in x's dtype, flat: a dimension of M would be specialised; empty unless `keep`)."""
+    """The operator behind `selective_scan`: y, the final state, and the states [B,M,N,D] before every CHUNK-th row
+    (in x's dtype, flat: a dimension of M would be specialised; empty unless `keep`)."""
     with torch.autocast(x.device.type, enabled=False):
         y, final, saved = _implementation(implementation).selective_forward(
             x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, keep
@@ -198,8 +195,7 @@ def _fwd_fake(
     batch, time, width = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = x.new_empty((sequences, width, A.shape[1]), dtype=state_dtype(x))
-    chunk = CHUNKS[implementation]
-    size = batch * ((time + chunk - 1) // chunk) * A.shape[1] * width if keep else 0
+    size = batch * ((time + CHUNK - 1) // CHUNK) * A.shape[1] * width if keep else 0
     return x.new_empty(x.shape), final, x.new_empty(size)
 
 

@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fla_swap.kernels.scan.checks import state_dtype
+from fla_swap.kernels.scan.checks import CHUNK, state_dtype
 from fla_swap.kernels.scan.packing import Packing, packing
-
-CHUNK = 64
-"""Rows from one saved state to the next; the same number as in `selective.CHUNKS`."""
 
 
 @dataclass(frozen=True, kw_only=True)

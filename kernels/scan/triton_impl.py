@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from fla_swap.kernels.common import triton_interpreted
+from fla_swap.kernels.scan.checks import CHUNK
 from fla_swap.kernels.scan.triton_hgrn import (
     hgrn_backward_kernel,
     hgrn_ends_kernel,
@@ -114,22 +115,21 @@ class Stretches:
         return make((self.slots, *shape), dtype=torch.float32, device=like.device)
 
 
-def stretches(x: Tensor, cu_seqlens: Tensor | None, tile: Tile) -> Stretches:
-    """Choose the segments of x [B,T,D]. No host sync."""
+def stretches(x: Tensor, cu_seqlens: Tensor | None, tile: Tile, segment: int | None = None) -> Stretches:
+    """The segments of x [B,T,D], of a given length or as many as fill the chip. No host sync."""
     batch, time, channels = x.shape
     warps = -(-channels // tile.channels) * tile.warps * (batch if cu_seqlens is None else 1)
     wanted = 1 if warps >= ENOUGH else -(-WANTED // warps)
-    rounded = max(SHORTEST_SEGMENT, triton.next_power_of_2(-(-time // wanted)))
+    rounded = segment or max(SHORTEST_SEGMENT, triton.next_power_of_2(-(-time // wanted)))
     segments = -(-time // rounded)
     if cu_seqlens is None:
-        segment = rounded if segments > 1 else time
         return Stretches(
             batch=batch,
             time=time,
             channels=channels,
             sequences=batch,
             slots=batch * segments,
-            segment=segment,
+            segment=rounded if segments > 1 else time,
             segments=segments,
             table=None,
             bounds=None,
@@ -306,7 +306,7 @@ def selective_forward(
     keep: bool,
     launch: Launch = launch_now,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B,T,D] in x's dtype, final state [S,D,N] in fp32, and the states before every tile of the backward."""
+    """y [B,T,D] in x's dtype, final state [S,D,N] in fp32, and the states [B,M,N,D] before every CHUNK-th row, flat."""
     x, dt, A, D, z, dt_bias, initial_state, cu_seqlens = _contiguous(x, dt, A, D, z, dt_bias, initial_state, cu_seqlens)
     B, C = B.float().contiguous(), C.float().contiguous()
     tile = _tile(SELECTIVE, A.shape[1])
@@ -315,7 +315,7 @@ def selective_forward(
     totals = ends = None
     if s.cut:
         totals, ends = s.per_slot(x, s.channels), s.per_slot(x, s.channels, N)
-        absent = dict.fromkeys(("C", "skip", "z", "initial", "out", "final", "saved"))
+        absent = dict.fromkeys(("C", "skip", "z", "initial", "out", "final", "saved", "coarse"))
         launch(
             selective_forward_kernel,
             s.programs(tile),
@@ -328,9 +328,7 @@ def selective_forward(
             **common,
         )
     out, final = s.new(x), _final(s, initial_state, x, s.channels, N)
-    every = SELECTIVE_BACK.steps
-    size = s.batch * -(-s.time // every) * N * s.channels if keep else 0
-    saved = torch.empty(size, dtype=x.dtype, device=x.device)
+    saved = _states(s, N, x, CHUNK) if keep else x.new_empty(0)
     launch(
         selective_forward_kernel,
         s.programs(tile),
@@ -342,13 +340,56 @@ def selective_forward(
         out=out,
         final=final,
         saved=saved if keep else None,
+        coarse=None,
         totals=totals,
         ends=ends,
         SUMMARY=False,
-        EVERY=every,
+        EVERY=CHUNK,
         **common,
     )
     return out, final, saved
+
+
+def _states(s: Stretches, states: int, x: Tensor, every: int) -> Tensor:
+    """Room for the states before every `every`-th row."""
+    return torch.empty(s.batch * -(-s.time // every) * states * s.channels, dtype=x.dtype, device=x.device)
+
+
+def _replay(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    coarse: Tensor,
+    dt_softplus: bool,
+    launch: Launch,
+) -> Tensor:
+    """The states before every tile of the backward, from those before every CHUNK-th row, all chunks side by side."""
+    tile = _tile(SELECTIVE, A.shape[1])
+    s, N = stretches(x, cu_seqlens, tile, CHUNK), A.shape[1]
+    saved = _states(s, N, x, SELECTIVE_BACK.steps)
+    launch(
+        selective_forward_kernel,
+        s.programs(tile),
+        tile.warps,
+        x=x,
+        dt=dt,
+        A=A,
+        B=B,
+        bias=dt_bias,
+        initial=initial_state,
+        saved=saved,
+        coarse=coarse,
+        SOFTPLUS=dt_softplus,
+        SUMMARY=False,
+        EVERY=SELECTIVE_BACK.steps,
+        **dict.fromkeys(("C", "skip", "z", "out", "final", "totals", "ends")),
+        **_sizes(s, tile, N),
+    )
+    return saved
 
 
 def selective_backward(
@@ -370,8 +411,9 @@ def selective_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and the initial state; None where the input is."""
     x, dt, A, D, z, dt_bias, initial_state, cu_seqlens = _contiguous(x, dt, A, D, z, dt_bias, initial_state, cu_seqlens)
-    saved, out_grad, final_grad = _contiguous(saved, out_grad.to(x.dtype), final_grad)
+    out_grad, final_grad = _contiguous(out_grad.to(x.dtype), final_grad)
     B, C = B.float().contiguous(), C.float().contiguous()
+    saved = _replay(x, dt, A, B, dt_bias, initial_state, cu_seqlens, saved, dt_softplus, launch)
     tile = _tile(SELECTIVE_BACK, A.shape[1])
     s, N = stretches(x, cu_seqlens, tile), A.shape[1]
     common = {"dt": dt, "A": A, "C": C, "z": z, "bias": dt_bias, "out_grad": out_grad, "SOFTPLUS": dt_softplus}

@@ -90,6 +90,7 @@ def selective_forward_kernel(
     out,
     final,
     saved,
+    coarse,
     totals,
     ends,
     table,
@@ -109,7 +110,11 @@ def selective_forward_kernel(
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Outputs, final state and the states before every EVERY-th row. SUMMARY: only what a segment does to a state."""
+    """Outputs, final state and the states before every EVERY-th row (`saved`), whichever are asked for.
+
+    SUMMARY: only what a segment does to a state. `coarse`: segments start from these states, one before each segment of
+    the line, so that they run side by side.
+    """
     blocks: tl.constexpr = (D + BD - 1) // BD
     slot = tl.program_id(0) // blocks
     sequence, local, start, stop = _stretch(slot, table, bounds, T, SEGMENT, SEGMENTS, PACKED)
@@ -136,6 +141,10 @@ def selective_forward_kernel(
         total = tl.zeros((1, 1, BD), tl.float32)
         origin = (start - line).to(tl.int32)
         end = (stop - line).to(tl.int32)
+        if coarse is not None:
+            chunk = batch * ((T + SEGMENT - 1) // SEGMENT) + origin // SEGMENT
+            found = tl.load(coarse + (chunk.to(tl.int64) * N + n) * D + d, pair & (local > 0), 0)
+            state = tl.where(local > 0, found.to(tl.float32), state)
         for t in tl.range(origin // BT * BT, end, BT, num_stages=STAGES):
             live = (t + step >= origin) & (t + step < end)
             inside = live & (d < D)
@@ -146,7 +155,8 @@ def selective_forward_kernel(
             small = step * N + n
             if saved is not None:
                 chunk = batch * ((T + EVERY - 1) // EVERY) + t // EVERY
-                tl.store(saved + (chunk.to(tl.int64) * N + n) * D + d, state, pair & (t >= origin))
+                wanted = pair & (t >= origin) & (t % EVERY == 0)
+                tl.store(saved + (chunk.to(tl.int64) * N + n) * D + d, state, wanted)
             _raw, delta = _steps(dt + base, tile, inside, shift, SOFTPLUS, EVEN)
             value = _get(x + base, tile, inside, EVEN)
             decay = tl.exp2(delta * rates)
@@ -155,7 +165,7 @@ def selective_forward_kernel(
             _, states = tl.associative_scan((decay, states), 0, _follow)
             if SUMMARY:
                 total += tl.sum(delta, 0, keep_dims=True)
-            else:
+            if out is not None:
                 y = tl.sum(states * _get(C + low, small, mixed, EVEN), 1, keep_dims=True)
                 if skip is not None:
                     y += tl.load(skip + d, d < D, 0).to(tl.float32) * value
@@ -163,18 +173,19 @@ def selective_forward_kernel(
                     gate = _get(z + base, tile, inside, EVEN)
                     y *= gate * _sigmoid(gate)
                 _put(out + base, tile, y, inside, EVEN)
-                if saved is not None:
-                    for m in tl.static_range(1, BT // EVERY):
-                        past = _pick(states, BT, m * EVERY - 1)
-                        row = t + m * EVERY
-                        place = ((chunk + m).to(tl.int64) * N + n) * D + d
-                        tl.store(saved + place, past, pair & (row >= origin) & (row < end))
+            if saved is not None:
+                for m in tl.static_range(1, BT // EVERY):
+                    past = _pick(states, BT, m * EVERY - 1)
+                    row = t + m * EVERY
+                    place = ((chunk + m).to(tl.int64) * N + n) * D + d
+                    tl.store(saved + place, past, pair & (row >= origin) & (row < end))
             state = _pick(states, BT, BT - 1)
         if SUMMARY:
             tl.store(totals + slot * D + d, total, d < D)
             tl.store(ends + (slot * D + d) * N + n, state, pair)
-        elif stop == (tl.load(bounds + sequence + 1) if PACKED else line + T):
-            tl.store(final + own, state, pair)
+        if final is not None:
+            last = stop == (tl.load(bounds + sequence + 1) if PACKED else line + T)
+            tl.store(final + own, state, pair & last)
 
 
 @triton.jit
