@@ -160,10 +160,10 @@ def _checked(
     if g is not None and g.device != q.device:
         raise KernelError(f"the gate must be on {q.device} like q, got {g.device}")
     check_triton(chosen, q)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if scale == 0:
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if factor == 0:
         raise KernelError("scale must not be zero")
-    return chosen, scale
+    return chosen, factor
 
 
 def _run(
@@ -178,19 +178,19 @@ def _run(
     implementation: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Every operator of this file; g [B,T,HV], or [HV] when it is constant, or None."""
-    chosen, scale = _checked(q, k, v, g, initial_state, cu_seqlens, scale, implementation)
+    chosen, factor = _checked(q, k, v, g, initial_state, cu_seqlens, scale, implementation)
     if chosen == "reference":
         return gla_reference(
             q,
             k,
             v,
             _wide(q, v, g),
-            scale=scale,
+            scale=factor,
             initial_state=initial_state,
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
         )
-    o, final_state = simple_gla_fwd(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state, chosen)
+    o, final_state = simple_gla_fwd(q, k, v, g, initial_state, cu_seqlens, factor, output_final_state, chosen)
     return o, final_state if output_final_state else None
 
 
@@ -203,15 +203,15 @@ def _step(
     scale: float | None,
     implementation: str | None,
 ) -> Tensor:
-    chosen, scale = _checked(q, k, v, g, state, None, scale, implementation)
+    chosen, factor = _checked(q, k, v, g, state, None, scale, implementation)
     if not state.is_contiguous():
         raise KernelError("state must be contiguous: it is updated in place")
     if chosen == "reference":
-        o, final = gla_reference(q, k, v, _wide(q, v, g), scale=scale, initial_state=state, output_final_state=True)
+        o, final = gla_reference(q, k, v, _wide(q, v, g), scale=factor, initial_state=state, output_final_state=True)
         assert final is not None
         state.copy_(final)
         return o
-    return simple_gla_step_op(q, k, v, g, state, scale, chosen)
+    return simple_gla_step_op(q, k, v, g, state, factor, chosen)
 
 
 def _wide(q: Tensor, v: Tensor, g: Tensor | None) -> Tensor | None:

@@ -120,7 +120,7 @@ class Problem:
 
     def padded(self, width: int) -> int:
         """Hopper needs matrix operands 64 wide."""
-        return max(16 if triton_interpreted() else 64, triton.next_power_of_2(width))
+        return max(16 if triton_interpreted() else 64, 1 << (width - 1).bit_length())
 
     def tiles(self, kind: str, contracted: int, width: int, reverse: bool = False) -> Tiles:
         return choose_tiles(kind, self.padded(contracted), self.padded(width), self.gate, reverse, self.large)
