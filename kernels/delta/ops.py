@@ -270,7 +270,8 @@ def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, qk_l2norm, output_fina
     count = chunks * batch * heads * length  # 2-D, so that a single chunk is not a size-1 dimension to guard on
     inverse, rows = final.new_empty(count, length), final.new_empty(0)
     if choose_implementation(implementation, q.device) == "triton":
-        states, v_new = q.new_empty(count, length), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        inverse, states = q.new_empty(2 * count, length), q.new_empty(count, length)
+        v_new = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         if g is None or g.ndim == 3:
             rows = final.new_empty(3 * count)
     else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_swap.kernels.delta.triton_tiles import L, chunk_rows, column, mm, mm_add, put, put_inverse, tile
+from fla_swap.kernels.delta.triton_tiles import L, chunk_rows, column, mm, mm_add, put, put_solution, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LEVELS = tl.constexpr(6)
@@ -65,11 +65,11 @@ def channel_decay_kernel(
 
 @triton.jit
 def channel_pairs_kernel(
-    q, k, q_norm, k_norm, summed, beta, inverse, pair, chunks, T, scale,
+    q, k, q_norm, k_norm, summed, beta, solution, pair, chunks, T, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORMALISE: tl.constexpr,
-    PACKED: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    PACKED: tl.constexpr, SAVE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """T = (I + N)⁻¹ and the scores of each slot."""
+    """T = (I + N)⁻¹ and the scores A of each slot, as in `prepare_kernel`."""
     slot = tl.program_id(0).to(tl.int64)
     h = slot % HV
     row0, rows = chunk_rows(slot, chunks, T, HV, PACKED)
@@ -95,8 +95,11 @@ def channel_pairs_kernel(
         norm_k = column(k_norm + row0 * H + h // (HV // H), rows, H)
         scores *= norm_q[:, None] * norm_k[None, :]
         lower *= norm_k[:, None] * norm_k[None, :]
-    put(pair + slot * L * L, scores * scale, L, L, L, L, L, False)
-    put_inverse(inverse + slot * L * L, lower * column(beta + row0 * HV + h, rows, HV)[:, None], EXACT)
+    scores *= scale
+    if SAVE:
+        put(pair + slot * L * L, scores, L, L, L, L, L, False)
+    lower *= column(beta + row0 * HV + h, rows, HV)[:, None]
+    put_solution(solution + slot * 2 * L * L, lower, scores, PRECISION, EXACT)
 
 
 @triton.jit

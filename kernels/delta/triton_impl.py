@@ -21,7 +21,7 @@ from fla_swap.kernels.delta import triton_kernels as kernels
 from fla_swap.kernels.delta.torch_impl import CHUNK, chunk_count
 from fla_swap.kernels.delta.triton_step import step_kernel
 
-TILE = 64  # of V in the walks: measured, with four warps and one stage
+TILE = 64  # of V in the walks, and of K where states are recomputed: measured, with four warps
 Launch = Callable[..., None]
 
 
@@ -74,9 +74,14 @@ class Problem:
         return max(64, triton.next_power_of_2(self.width))
 
     @property
+    def roomy(self) -> bool:
+        """Whether chunks can be loaded while the ones before them are worked on, and gradients see whole heads."""
+        return self.large and self.dtype != torch.float32 and self.width <= 128
+
+    @property
     def tiles(self) -> tuple[int, int]:
         """Tiles of K and V in the gradients: whole heads where they fit."""
-        if self.dtype == torch.float32 or self.width > 128 or not self.large:
+        if not self.roomy:
             return 64, 64
         return self.key_tile, min(128, max(64, triton.next_power_of_2(self.value_width)))
 
@@ -157,12 +162,12 @@ def _packed_tables(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 class Kept(NamedTuple):
-    """What backward needs: T [slots·64, 64] fp32, scores [slots·64, 64], v_new like v, rows [3·slots·64] fp32.
+    """What backward needs: T − I and A T [slots·128, 64], A [slots·64, 64], v_new like v, rows [3·slots·64] fp32.
 
     `rows` are the summed gates, 1/‖q‖ and 1/‖k‖ of each slot; channel gates are summed again instead.
     """
 
-    inverse: Tensor
+    solution: Tensor
     scores: Tensor
     v_new: Tensor
     rows: Tensor
@@ -234,8 +239,9 @@ def _run_rows(p: Problem, kernel: Any, *, x: Tensor, **arguments: Tensor) -> Non
 def _prepare(
     p: Problem, q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, scale: float, qk_l2norm: bool, kept: Kept
 ) -> Keys:
-    """Fill T, the scores and the rows of `kept`."""
-    shared = {"beta": beta, "inverse": kept.inverse, "pair": kept.scores, "scale": scale, "NORMALISE": qk_l2norm}
+    """Fill all of `kept` but v_new."""
+    shared = {"beta": beta, "solution": kept.solution, "pair": kept.scores, "scale": scale, "NORMALISE": qk_l2norm}
+    shared |= {"SAVE": kept.scores.numel() > 0}
     if g is not None and p.gate == 2:
         keys = _channel_keys(p, q, k, g, scale, qk_l2norm)
         p.run(
@@ -294,8 +300,8 @@ def forward(
     p = _problem(q, v, g, cu_seqlens, launch, **target)
     make = torch.zeros if p.packed else torch.empty  # outputs of the op: slots without a chunk must not hold rubbish
     kept = Kept(
-        inverse=make(p.slots * CHUNK, CHUNK, dtype=torch.float32, device=q.device),
-        scores=make(p.slots * CHUNK, CHUNK, dtype=p.dtype, device=q.device),
+        solution=make(2 * p.slots * CHUNK, CHUNK, dtype=p.dtype, device=q.device),
+        scores=make(p.slots * CHUNK if save else 0, CHUNK, dtype=p.dtype, device=q.device),
         v_new=p.new(v.shape, v.dtype) if save else v,
         rows=torch.zeros(0 if p.gate == 2 else 3 * p.slots * CHUNK, dtype=torch.float32, device=q.device),
     )
@@ -306,11 +312,11 @@ def forward(
     p.run(
         kernels.forward_kernel,
         p.sequence_count * p.value_heads * triton.cdiv(p.value_width, TILE),
+        stages=2 if p.roomy else 1,
         v=v,
         beta=beta,
-        inverse=kept.inverse,
-        pair=kept.scores,
-        initial=kept.inverse if initial_state is None else initial_state.contiguous(),
+        solution=kept.solution,
+        initial=kept.solution if initial_state is None else initial_state.contiguous(),
         o=o,
         v_new=kept.v_new,
         final=final,
@@ -320,7 +326,7 @@ def forward(
         SAVE=save,
         FINAL=output_final_state,
         MASK=p.masked((p.width, p.key_tile), (p.value_width, TILE)),
-        STAGES=1,
+        STAGES=2 if p.roomy else 1,
         **_walk_arguments(keys, p),
     )
     return o, final, kept
@@ -374,18 +380,20 @@ def backward(
     else:
         keys = _head_keys(p, q, k, kept.rows, qk_l2norm)
     du, d_states = p.scratch(*v.shape), p.scratch(p.slots, p.value_width, p.width)
-    columns = triton.cdiv(p.value_width, TILE)
+    size = 128 if p.roomy and p.value_width > 64 else TILE
+    columns = triton.cdiv(p.value_width, size)
     from_v = p.scratch(columns, p.slots, CHUNK, dtype=torch.float32)
     shape = (p.sequence_count, p.value_heads, p.width, p.value_width) if initial_state is not None else (0,)
     d_initial = p.scratch(*shape, dtype=torch.float32)
     p.run(
         kernels.backward_kernel,
         p.sequence_count * p.value_heads * columns,
+        warps=8 if size == 128 else 4,
+        stages=2 if p.roomy else 1,
         v=v,
         d_o=d_o,
         beta=beta,
-        inverse=kept.inverse,
-        pair=kept.scores,
+        solution=kept.solution,
         d_final=from_v if d_final is None else d_final.contiguous(),
         du=du,
         d_states=d_states,
@@ -393,11 +401,11 @@ def backward(
         d_initial=d_initial,
         slots=p.slots,
         scale=scale,
-        BV=TILE,
+        BV=size,
         HAS_FINAL=d_final is not None,
         INITIAL=initial_state is not None,
-        MASK=p.masked((p.width, p.key_tile), (p.value_width, TILE)),
-        STAGES=1,
+        MASK=p.masked((p.width, p.key_tile), (p.value_width, size)),
+        STAGES=2 if p.roomy else 1,
         **_walk_arguments(keys, p),
     )
     shared = {"d_o": d_o, "du": du, "v_new": kept.v_new, "d_states": d_states, "from_v": from_v, "beta": beta}

@@ -19,11 +19,12 @@ from fla_swap.kernels.delta.triton_tiles import (
     L,
     chunk_rows,
     column,
+    halves,
     mm,
     mm_add,
     mm_add_wide,
     put,
-    put_inverse,
+    put_solution,
     sequence_chunks,
     tile,
 )
@@ -33,11 +34,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def prepare_kernel(
-    q, k, g, beta, gates, q_norm, k_norm, inverse, pair, chunks, T, scale,
+    q, k, g, beta, gates, q_norm, k_norm, solution, pair, chunks, T, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr, GATE: tl.constexpr,
-    NORMALISE: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    NORMALISE: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Of each slot: summed gates, 1/‖q‖ and 1/‖k‖, T = (I + N)⁻¹ and the scores scale (q kᵀ) ∘ decay."""
+    """Of each slot: summed gates, 1/‖q‖ and 1/‖k‖, T − I and A T, for T = (I + N)⁻¹ and A = scale (q kᵀ) ∘ decay.
+
+    SAVE: A too, into `pair`.
+    """
     slot = tl.program_id(0).to(tl.int64)
     h = slot % HV
     row0, rows = chunk_rows(slot, chunks, T, HV, PACKED)
@@ -78,8 +83,10 @@ def prepare_kernel(
         decay = tl.exp2(tl.where(ii >= jj, gate[:, None] - gate[None, :], float("-inf")))
         lower *= decay
         scores *= decay
-    put(pair + slot * L * L, tl.where(ii >= jj, scores, 0.0), L, L, L, L, L, False)
-    put_inverse(inverse + slot * L * L, tl.where(ii > jj, lower, 0.0), EXACT)
+    scores = tl.where(ii >= jj, scores, 0.0)
+    if SAVE:
+        put(pair + slot * L * L, scores, L, L, L, L, L, False)
+    put_solution(solution + slot * 2 * L * L, tl.where(ii > jj, lower, 0.0), scores, PRECISION, EXACT)
 
 
 @triton.jit
@@ -112,12 +119,12 @@ def _decayed(state, gates, slot, K: tl.constexpr, BK: tl.constexpr, GATE: tl.con
 
 @triton.jit
 def forward_kernel(
-    q, k, k_out, v, beta, gates, q_norm, k_norm, inverse, pair, initial, o, v_new, final, chunks, sequences, T, scale,
+    q, k, k_out, v, beta, gates, q_norm, k_norm, solution, initial, o, v_new, final, chunks, sequences, T, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, NORMALISE: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, SAVE: tl.constexpr,
     FINAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """From the first chunk to the last: v_new = T β (v − e^G k S), o, and S at the next chunk's start."""
+    """From the first chunk to the last: r = β (v − e^G k S), v_new = T r, o = scale e^G q S + A T r, and the next S."""
     blocks: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
     v0 = (pid % blocks) * BV
@@ -136,20 +143,20 @@ def forward_kernel(
         at_v = (row0 * HV + h) * V + v0
         key = tile(k + at, stride, rows, K, L, BK, MASK)
         value = tile(v + at_v, HV * V, rows, V - v0, L, BV, MASK)
-        solve = tile(inverse + slot * L * L, L, L, L, L, L, False)
+        solve = tile(solution + slot * 2 * L * L, L, 2 * L, L, 2 * L, L, False)
         query = tile(q + at, stride, rows, K, L, BK, MASK)
-        scores = tile(pair + slot * L * L, L, L, L, L, L, False)
         factor = column(beta + row0 * HV + h, rows, HV)
         from_q, from_k, to_end = _factors(gates, q_norm, k_norm, slot, GATE, NORMALISE)
         narrow = state.to(key.dtype)
         new = mm(narrow, tl.trans(key), PRECISION)
-        new = factor[None, :] * tl.trans(value).to(tl.float32) - new * (factor * from_k)[None, :]
-        new = mm(new, tl.trans(solve), PRECISION)
         out = mm(narrow, tl.trans(query), PRECISION)
         if GATE != 2:
             out *= (from_q * scale)[None, :]
-        out = mm_add(new.to(key.dtype), tl.trans(scores), out, PRECISION)
-        put(o + at_v, tl.trans(out.to(o.dtype.element_ty)), HV * V, rows, V - v0, L, BV, MASK)
+        new = factor[None, :] * tl.trans(value).to(tl.float32) - new * (factor * from_k)[None, :]
+        both = mm_add_wide(new, tl.trans(solve), tl.zeros((BV, 2 * L), dtype=tl.float32), PRECISION)
+        solved, read = halves(both)
+        new += solved
+        put(o + at_v, tl.trans((out + read).to(o.dtype.element_ty)), HV * V, rows, V - v0, L, BV, MASK)
         if SAVE:
             put(v_new + at_v, tl.trans(new.to(key.dtype)), HV * V, rows, V - v0, L, BV, MASK)
         state = _decayed(state, gates, slot, K, BK, GATE)
@@ -205,14 +212,15 @@ def state_kernel(
 
 @triton.jit
 def backward_kernel(
-    q, k, k_out, v, d_o, beta, gates, q_norm, k_norm, inverse, pair, d_final, du, d_states, from_v, d_initial,
+    q, k, k_out, v, d_o, beta, gates, q_norm, k_norm, solution, d_final, du, d_states, from_v, d_initial,
     chunks, sequences, T, slots, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, NORMALISE: tl.constexpr, PACKED: tl.constexpr, HAS_FINAL: tl.constexpr,
     INITIAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk to the first: dS, X = Tᵀ dv_new into `du`, and X·v into `from_v` [tile of V, slots, 64].
+    """From the last chunk to the first: dS, and X = Tᵀ (e^(G_last − G) k dS + Aᵀ do) into `du`.
 
+    `from_v` [tile of V, slots, 64] gets X·v.
     `d_states` [slots, V, K] gets dS at each chunk's end.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -234,22 +242,23 @@ def backward_kernel(
         at_v = (row0 * HV + h) * V + v0
         ending = tile(k_out + at, stride, rows, K, L, BK, MASK)
         outer = tl.trans(tile(d_o + at_v, HV * V, rows, V - v0, L, BV, MASK))
-        scores = tile(pair + slot * L * L, L, L, L, L, L, False)
-        solve = tile(inverse + slot * L * L, L, L, L, L, L, False)
-        query = tile(q + at, stride, rows, K, L, BK, MASK)
+        read = tile(solution + (slot * 2 + 1) * L * L, L, L, L, L, L, False)
+        solve = tile(solution + slot * 2 * L * L, L, L, L, L, L, False)
         value = tile(v + at_v, HV * V, rows, V - v0, L, BV, MASK)
         factor = column(beta + row0 * HV + h, rows, HV)
         from_q, from_k, to_end = _factors(gates, q_norm, k_norm, slot, GATE, NORMALISE)
-        narrow = grad.to(query.dtype)
+        narrow = grad.to(ending.dtype)
         put(d_states + slot * K * V + v0 * K, narrow, K, V - v0, K, BV, BK, MASK)
         new = mm(narrow, tl.trans(ending), PRECISION)
         if GATE != 2:
             new *= to_end[None, :]
-        new = mm_add(outer, scores, new, PRECISION)
-        new = mm(new, solve, PRECISION)
+        new = mm_add_wide(new, solve, mm_add(outer, read, new, PRECISION), PRECISION)
         put(du + at_v, tl.trans(new.to(du.dtype.element_ty)), HV * V, rows, V - v0, L, BV, MASK)
         found = tl.sum(new * tl.trans(value).to(tl.float32), 0)
         tl.store(from_v + (block * slots + slot) * L + tl.arange(0, L), found)
+        query = tile(q + at, stride, rows, K, L, BK, MASK)
+        if STAGES == 1:  # read again, so that it need not lie in shared memory beside q
+            ending = tile(k_out + at, stride, rows, K, L, BK, MASK)
         grad = _decayed(grad, gates, slot, K, BK, GATE)
         if GATE == 2:
             grad = mm_add(outer, query, grad, PRECISION)

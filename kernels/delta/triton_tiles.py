@@ -107,8 +107,8 @@ def mm_add_wide(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def put_inverse(out, lower, EXACT: tl.constexpr):
-    """Store (I + lower)⁻¹ [64, 64], lower strictly lower triangular, fp32.
+def inverse(lower, EXACT: tl.constexpr):
+    """(I + lower)⁻¹ [64, 64], lower strictly lower triangular, fp32.
 
     Diagonal blocks of 8 by forward substitution, all at once; then [[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ C A⁻¹, B⁻¹]]
     three times.
@@ -140,7 +140,20 @@ def put_inverse(out, lower, EXACT: tl.constexpr):
     solved = tl.reshape(tl.permute(solved, (0, 4, 1, 3, 2)), (2, 32, 32))
     first, second = tl.split(tl.permute(solved, (1, 2, 0)))
     corner = -mm(second, mm(below32, first, EXACT), EXACT)
-    put(out, first, L, 32, 32, 32, 32, False)
-    put(out + 32, tl.zeros((32, 32), dtype=tl.float32), L, 32, 32, 32, 32, False)
-    put(out + 32 * L, corner, L, 32, 32, 32, 32, False)
-    put(out + 32 * L + 32, second, L, 32, 32, 32, 32, False)
+    solved = tl.join(tl.join(first, tl.zeros((32, 32), dtype=tl.float32)), tl.join(corner, second))
+    return tl.reshape(tl.permute(solved, (3, 0, 2, 1)), (L, L))
+
+
+@triton.jit
+def put_solution(out, lower, scores, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """Store T − I and A T, one above the other [128, 64], for T = (I + lower)⁻¹ and A = scores."""
+    solved = inverse(lower, EXACT)
+    i = tl.arange(0, L)
+    put(out, tl.where(i[:, None] > i[None, :], solved, 0.0), L, L, L, L, L, False)
+    put(out + L * L, mm(scores, solved, PRECISION), L, L, L, L, L, False)
+
+
+@triton.jit
+def halves(x):
+    """[R, 128] → its left and right 64 columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, L)), (0, 2, 1)))
