@@ -28,6 +28,8 @@ LARGE = {
 }
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LINES: tl.constexpr = tl.constexpr(8)
+"""Heads that are worked on together."""
 
 
 @triton.jit
@@ -45,20 +47,48 @@ def _dot(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _tile(pointer, b, h, rows, total, T, heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr):
-    """Rows of a [B, T, heads, width] tensor as [rows, padded], zeros outside."""
-    columns = tl.arange(0, padded)
-    offsets = ((b.to(tl.int64) * T + rows)[:, None] * heads + h) * width + columns[None, :]
-    return tl.load(pointer + offsets, mask=(rows < total)[:, None] & (columns < width)[None, :], other=0.0)
+def _tile(
+    pointer, b, h, first, count: tl.constexpr, total, T,
+    heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, INSIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows first … first + count − 1 of a [B, T, heads, width] tensor as [count, padded], zeros from row `total` on.
+
+    Only the origin is a 64-bit offset: inside a tile 32 bits suffice. INSIDE: all the rows exist, which saves a mask.
+    """
+    rows, columns = tl.arange(0, count), tl.arange(0, padded)
+    origin = pointer + ((b.to(tl.int64) * T + first) * heads + h) * width
+    place = origin + (rows[:, None] * (heads * width) + columns[None, :])
+    if width != padded:
+        return tl.load(place, mask=(first + rows < total)[:, None] & (columns < width)[None, :], other=0.0)
+    if INSIDE:
+        return tl.load(place)
+    return tl.load(place, mask=(first + rows < total)[:, None], other=0.0)
 
 
 @triton.jit
-def _store_tile(pointer, values, b, h, rows, T, heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr):
+def _store_tile(
+    pointer, values, b, h, first, count: tl.constexpr, T,
+    heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
+):  # fmt: skip
     """The inverse of `_tile`."""
-    columns = tl.arange(0, padded)
-    offsets = ((b.to(tl.int64) * T + rows)[:, None] * heads + h) * width + columns[None, :]
-    mask = (rows < T)[:, None] & (columns < width)[None, :]
-    tl.store(pointer + offsets, values.to(pointer.dtype.element_ty), mask=mask)
+    rows, columns = tl.arange(0, count), tl.arange(0, padded)
+    origin = pointer + ((b.to(tl.int64) * T + first) * heads + h) * width
+    mask = (first + rows < T)[:, None] & (columns < width)[None, :]
+    tl.store(origin + (rows[:, None] * (heads * width) + columns[None, :]), values.to(pointer.dtype.element_ty), mask)
+
+
+@triton.jit
+def _place(Tq, BM: tl.constexpr):
+    """(batch and head, first row) of a program over query blocks.
+
+    A few heads at a time, so that their keys stay in the L2 cache; of these the last rows first, which have most keys.
+    """
+    blocks = tl.cdiv(Tq, BM)
+    lines = tl.num_programs(0) // blocks
+    first_line = tl.program_id(0) // (blocks * LINES) * LINES
+    size = tl.minimum(lines - first_line, LINES)
+    inside = tl.program_id(0) - first_line * blocks
+    return first_line + inside % size, (blocks - 1 - inside // size) * BM
 
 
 @triton.jit
@@ -144,8 +174,8 @@ def _mix(
     """Online softmax over the keys [low, high)."""
     for begin in range(low, high, BN):
         keys = begin + tl.arange(0, BN)
-        key = _tile(k, b, kv_head, keys, Tk, Tk, HK, K, BK)
-        value = _tile(v, b, kv_head, keys, Tk, Tk, HK, V, BV)
+        key = _tile(k, b, kv_head, begin, BN, Tk, Tk, HK, K, BK, not MASKED)
+        value = _tile(v, b, kv_head, begin, BN, Tk, Tk, HK, V, BV, not MASKED)
         score, _ = _score(
             query, key, rows, keys, Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION, WIDE
         )
@@ -170,12 +200,11 @@ def forward_kernel(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head, the last ones first (they have most keys); the band's edges are masked."""
-    blocks = tl.cdiv(Tq, BM)
-    b, h = tl.program_id(0) % (tl.num_programs(0) // blocks) // H, tl.program_id(0) % H
-    first_row = (blocks - 1 - tl.program_id(0) // (tl.num_programs(0) // blocks)) * BM
+    line, first_row = _place(Tq, BM)
+    b, h = line // H, line % H
     kv_head = h // (H // HK)
     rows = first_row + tl.arange(0, BM)
-    query = _tile(q, b, h, rows, Tq, Tq, H, K, BK)
+    query = _tile(q, b, h, first_row, BM, Tq, Tq, H, K, BK, False)
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(alibi + h).to(tl.float32)
@@ -206,7 +235,7 @@ def forward_kernel(
     )  # fmt: skip
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)
-    _store_tile(o, mixed / safe[:, None], b, h, rows, Tq, H, V, BV)
+    _store_tile(o, mixed / safe[:, None], b, h, first_row, BM, Tq, H, V, BV)
     offsets = (b.to(tl.int64) * H + h) * Tq + rows
     tl.store(lse + offsets, tl.where(empty, float("inf"), top * LN2 + tl.log(safe)), mask=rows < Tq)
 
@@ -222,8 +251,8 @@ def _query_gradient(
     """What the keys [low, high) add to the gradients of these queries."""
     for begin in range(low, high, BN):
         keys = begin + tl.arange(0, BN)
-        key = _tile(k, b, kv_head, keys, Tk, Tk, HK, K, BK)
-        value = _tile(v, b, kv_head, keys, Tk, Tk, HK, V, BV)
+        key = _tile(k, b, kv_head, begin, BN, Tk, Tk, HK, K, BK, not MASKED)
+        value = _tile(v, b, kv_head, begin, BN, Tk, Tk, HK, V, BV, not MASKED)
         score, squashed = _score(
             query, key, rows, keys, Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION, WIDE
         )
@@ -255,14 +284,13 @@ def backward_query_kernel(
 
     `delta` is o · do with o as rounded; `exact` receives the same sum from the weights, for the sinks and the keys.
     """
-    blocks = tl.cdiv(Tq, BM)
-    b, h = tl.program_id(0) % (tl.num_programs(0) // blocks) // H, tl.program_id(0) % H
-    first_row = (blocks - 1 - tl.program_id(0) // (tl.num_programs(0) // blocks)) * BM
+    line, first_row = _place(Tq, BM)
+    b, h = line // H, line % H
     kv_head = h // (H // HK)
     rows = first_row + tl.arange(0, BM)
     offsets = (b.to(tl.int64) * H + h) * Tq + rows
-    query = _tile(q, b, h, rows, Tq, Tq, H, K, BK)
-    dout = _tile(grad, b, h, rows, Tq, Tq, H, V, BV)
+    query = _tile(q, b, h, first_row, BM, Tq, Tq, H, K, BK, False)
+    dout = _tile(grad, b, h, first_row, BM, Tq, Tq, H, V, BV, False)
     row_lse = tl.load(lse + offsets, mask=rows < Tq, other=float("inf")) * LOG2E
     row_delta = tl.load(delta + offsets, mask=rows < Tq, other=0.0)
     slope = 0.0
@@ -291,7 +319,7 @@ def backward_query_kernel(
         Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
         HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
     )  # fmt: skip
-    _store_tile(dq, dquery * scale, b, h, rows, Tq, H, K, BK)
+    _store_tile(dq, dquery * scale, b, h, first_row, BM, Tq, H, K, BK)
     tl.store(exact + offsets, sums, mask=rows < Tq)
     if HAS_ALIBI:
         tl.store(dalibi + offsets, dslope, mask=rows < Tq)
@@ -309,8 +337,8 @@ def _key_gradient(
     for begin in range(low, high, BM):
         rows = begin + tl.arange(0, BM)
         offsets = (b.to(tl.int64) * H + h) * Tq + rows
-        query = _tile(q, b, h, rows, Tq, Tq, H, K, BK)
-        dout = _tile(grad, b, h, rows, Tq, Tq, H, V, BV)
+        query = _tile(q, b, h, begin, BM, Tq, Tq, H, K, BK, False)
+        dout = _tile(grad, b, h, begin, BM, Tq, Tq, H, V, BV, False)
         row_lse = tl.load(lse + offsets, mask=rows < Tq, other=float("inf")) * LOG2E
         row_delta = tl.load(delta + offsets, mask=rows < Tq, other=0.0)
         score, squashed = _score(
@@ -342,8 +370,8 @@ def backward_key_kernel(
     b, kv_head = tl.program_id(0) // blocks // HK, tl.program_id(0) // blocks % HK
     first_key = tl.program_id(0) % blocks * BN
     keys = first_key + tl.arange(0, BN)
-    key = _tile(k, b, kv_head, keys, Tk, Tk, HK, K, BK)
-    value = _tile(v, b, kv_head, keys, Tk, Tk, HK, V, BV)
+    key = _tile(k, b, kv_head, first_key, BN, Tk, Tk, HK, K, BK, False)
+    value = _tile(v, b, kv_head, first_key, BN, Tk, Tk, HK, V, BV, False)
     dkey = tl.zeros((BN, BK), tl.float32)
     dvalue = tl.zeros((BN, BV), tl.float32)
     low = tl.maximum(0, first_key - (Tk - Tq)) // BM * BM
@@ -382,8 +410,8 @@ def backward_key_kernel(
                 Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
                 HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
             )  # fmt: skip
-    _store_tile(dk, dkey * scale, b, kv_head, keys, Tk, HK, K, BK)
-    _store_tile(dv, dvalue, b, kv_head, keys, Tk, HK, V, BV)
+    _store_tile(dk, dkey * scale, b, kv_head, first_key, BN, Tk, HK, K, BK)
+    _store_tile(dv, dvalue, b, kv_head, first_key, BN, Tk, HK, V, BV)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, band: Band) -> tuple[Tensor, Tensor]:
