@@ -28,6 +28,7 @@ LARGE = {
 }
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+ONE_LOOP: tl.constexpr = tl.constexpr(True)
 LINES: tl.constexpr = tl.constexpr(8)
 """Heads that are worked on together."""
 
@@ -96,12 +97,13 @@ def _visible(
     valid, start, b, rows, keys, Tq, Tk, window,
     HAS_WINDOW: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN]: the pairs that count."""
+    """[BM, BN]: the pairs that count. Of rows past the last query nothing is kept, whatever they see."""
     position = rows + (Tk - Tq)
     distance = position[:, None] - keys[None, :]
-    seen = (rows < Tq)[:, None] & (keys < Tk)[None, :] & (distance >= 0)
     if HAS_WINDOW:
-        seen = seen & (distance < window)
+        seen = distance.to(tl.uint32, bitcast=True) < window.to(tl.uint32)
+    else:
+        seen = distance >= 0
     if HAS_VALID:
         base = valid + b.to(tl.int64) * Tk
         row_counts = tl.load(base + position, mask=rows < Tq, other=0) != 0
@@ -176,14 +178,19 @@ def _mix(
         keys = begin + tl.arange(0, BN)
         key = _tile(k, b, kv_head, begin, BN, Tk, Tk, HK, K, BK, not MASKED)
         value = _tile(v, b, kv_head, begin, BN, Tk, Tk, HK, V, BV, not MASKED)
-        score, _ = _score(
-            query, key, rows, keys, Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION, WIDE
-        )
+        factor = 1.0
+        if HAS_SOFTCAP or HAS_ALIBI:
+            score, _ = _score(
+                query, key, rows, keys, Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI, PRECISION, WIDE
+            )
+        else:
+            score = _dot(query, tl.trans(key), PRECISION, WIDE)
+            factor = scale * LOG2E
         if MASKED:
             seen = _visible(valid, start, b, rows, keys, Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START)
             score = tl.where(seen, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        weight = tl.exp2(score - new_top[:, None])
+        new_top = tl.maximum(top, tl.max(score, 1) * factor)
+        weight = tl.exp2(score * factor - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weight, 1)
         mixed = mixed * shrink[:, None] + _dot(weight.to(value.dtype), value, PRECISION, WIDE)
@@ -216,14 +223,17 @@ def forward_kernel(
     mixed = tl.zeros((BM, BV), tl.float32)
     low, high = _key_range(start, first_row, Tq, Tk, window, HAS_WINDOW, HAS_START, BM, BN)
     PLAIN: tl.constexpr = not (HAS_VALID or HAS_START)
+    SINGLE: tl.constexpr = HAS_WINDOW and ONE_LOOP
     first, last = _free_keys(low, high, first_row, Tq, Tk, window, HAS_WINDOW, PLAIN, BM, BN)
-    if HAS_WINDOW and PLAIN:
+    if SINGLE:
+        last = low
+    if HAS_WINDOW and PLAIN and not SINGLE:
         top, total, mixed = _mix(
             query, k, v, valid, start, top, total, mixed, b, kv_head, rows, low, first,
             Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
             HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
         )  # fmt: skip
-    if PLAIN:
+    if PLAIN and not SINGLE:
         top, total, mixed = _mix(
             query, k, v, valid, start, top, total, mixed, b, kv_head, rows, first, last,
             Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
@@ -301,14 +311,17 @@ def backward_query_kernel(
     sums = tl.zeros((BM,), tl.float32)
     low, high = _key_range(start, first_row, Tq, Tk, window, HAS_WINDOW, HAS_START, BM, BN)
     PLAIN: tl.constexpr = not (HAS_VALID or HAS_START)
+    SINGLE: tl.constexpr = HAS_WINDOW and ONE_LOOP
     first, last = _free_keys(low, high, first_row, Tq, Tk, window, HAS_WINDOW, PLAIN, BM, BN)
-    if HAS_WINDOW and PLAIN:
+    if SINGLE:
+        last = low
+    if HAS_WINDOW and PLAIN and not SINGLE:
         dquery, dslope, sums = _query_gradient(
             query, k, v, dout, row_lse, row_delta, valid, start, dquery, dslope, sums, b, kv_head, rows, low, first,
             Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
             HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
         )  # fmt: skip
-    if PLAIN:
+    if PLAIN and not SINGLE:
         dquery, dslope, sums = _query_gradient(
             query, k, v, dout, row_lse, row_delta, valid, start, dquery, dslope, sums, b, kv_head, rows, first, last,
             Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
@@ -382,12 +395,15 @@ def backward_key_kernel(
         high = tl.minimum(high, tl.load(stop + tl.minimum(first_key + BN, Tk) - 1))
     # The queries [first, last) see all of these keys.
     PLAIN: tl.constexpr = not (HAS_VALID or HAS_START)
+    SINGLE: tl.constexpr = HAS_WINDOW and ONE_LOOP
     first, last = high, high
     if PLAIN:
         first = tl.minimum(high, tl.cdiv(tl.maximum(0, first_key + BN - 1 - (Tk - Tq)), BM) * BM)
         if HAS_WINDOW:
             free = first_key + window - (Tk - Tq)
             last = tl.maximum(first, tl.minimum(high, tl.maximum(0, free) // BM * BM))
+    if SINGLE:
+        first, last = high, high
     for group in range(H // HK):
         h = kv_head * (H // HK) + group
         slope = 0.0
@@ -398,13 +414,13 @@ def backward_key_kernel(
             Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
             HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
         )  # fmt: skip
-        if PLAIN:
+        if PLAIN and not SINGLE:
             dkey, dvalue = _key_gradient(
                 q, key, value, grad, lse, delta, valid, start, dkey, dvalue, b, h, keys, first, last,
                 Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
                 HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, False, PRECISION, WIDE,
             )  # fmt: skip
-        if HAS_WINDOW and PLAIN:
+        if HAS_WINDOW and PLAIN and not SINGLE:
             dkey, dvalue = _key_gradient(
                 q, key, value, grad, lse, delta, valid, start, dkey, dvalue, b, h, keys, last, high,
                 Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
