@@ -10,7 +10,8 @@ from torch import Tensor
 from fla_swap.errors import KernelError
 from fla_swap.kernels.window.state import WindowState
 from fla_swap.kernels.window.torch_impl import Band
-from fla_swap.kernels.window.triton_impl import pointers, run, static_sizes, tanh
+from fla_swap.kernels.window.triton_impl import pointers, run, static_sizes
+from fla_swap.kernels.window.triton_kernels import tanh
 
 
 @triton.jit(do_not_specialize=["T", "step"])

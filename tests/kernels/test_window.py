@@ -95,6 +95,11 @@ def test_autocast_changes_nothing(implementation):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_negative_scale(implementation):
+    both(inputs(T=40), window=9, scale=-8.0, implementation=implementation)
+
+
 def test_full_causal_equals_sdpa():
     x = inputs(B=2, T=130, H=4, HK=2)
     q, k, v = (x[name].transpose(1, 2) for name in "qkv")
