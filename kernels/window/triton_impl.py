@@ -40,7 +40,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, band: Band) -
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     if o.numel() == 0:
         return o, lse
-    options = {**_launch(q, static_sizes(q, k, v), "forward"), **_flags(band)}
+    options = {**_launch(q, static_sizes(q, k, v), "forward"), **_flags(band), "ONE_LOOP": _one_loop(band)}
     run(
         forward_kernel, _blocks(queries, options["BM"]) * batch * heads,
         q, k, v, *pointers(q, sinks, band.alibi, band.valid, band.start), o, lse,
@@ -73,7 +73,7 @@ def backward(
     sizes = static_sizes(q, k, v)
     alibi, valid, start, stop = pointers(q, band.alibi, band.valid, band.start, band.stop)
     numbers = (queries, k.shape[1], band.window or 0, band.scale, band.softcap or 1.0)
-    options = {**_launch(q, sizes, "query"), **_flags(band)}
+    options = {**_launch(q, sizes, "query"), **_flags(band), "ONE_LOOP": _one_loop(band)}
     run(
         backward_query_kernel, _blocks(queries, options["BM"]) * batch * heads,
         q, k, v, o, grad, lse, lse_grad, alibi, valid, start,
@@ -144,8 +144,11 @@ def _flags(band: Band) -> dict[str, bool]:
         "HAS_START": band.start is not None,
         "HAS_WINDOW": band.window is not None,
         "HAS_SOFTCAP": band.softcap is not None,
-        "ONE_LOOP": band.window is not None and band.window <= SHORT_WINDOW,
     }
+
+
+def _one_loop(band: Band) -> bool:
+    return band.window is not None and band.window <= SHORT_WINDOW
 
 
 def _launch(q: Tensor, static: dict[str, int], kind: str) -> dict[str, Any]:
@@ -186,7 +189,8 @@ def configurations(large: bool = False) -> Iterator[tuple[str, Any, dict[str, st
                 for plain in (True, False):
                     constants: dict[str, Any] = {**sizes, "BM": rows, "BN": keys}
                     constants |= {name: not plain for name in kernel.arg_names if name.startswith("HAS_")}
-                    constants |= {"HAS_WINDOW": True, "PRECISION": precision(dtype), "WIDE": False, "ONE_LOOP": False}
+                    constants |= {"HAS_WINDOW": True, "PRECISION": precision(dtype), "WIDE": False}
+                    constants |= {} if kind == "key" else {"ONE_LOOP": False}
                     if plain and kernel is backward_query_kernel:
                         constants["lse_grad"] = None
                     name = f"{kernel.__name__}-{code}-{width}-{'plain' if plain else 'everything'}"

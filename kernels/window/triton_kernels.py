@@ -339,7 +339,7 @@ def _key_gradient(
     b, h, keys, low, high, Tq, Tk, window, scale, softcap, slope,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What the queries [low, high) of head h add to the gradients of these keys and values.
 
@@ -356,11 +356,8 @@ def _key_gradient(
         score, squashed = _score(
             product, rows[None, :], keys[:, None], Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
         )
-        if MASKED:
-            seen = _visible(
-                valid, start, b, rows[None, :], keys[:, None], Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START
-            )
-            score = tl.where(seen, score, float("-inf"))
+        seen = _visible(valid, start, b, rows[None, :], keys[:, None], Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START)
+        score = tl.where(seen, score, float("-inf"))
         weight = tl.exp2(score - row_lse[None, :])
         dvalue += _dot(weight.to(dout.dtype), dout, PRECISION, WIDE)
         dweight = _dot(value, tl.trans(dout), PRECISION, WIDE)
@@ -377,10 +374,12 @@ def backward_key_kernel(
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ONE_LOOP: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradient of BN keys and values of one key/value head, over its G query heads and their band."""
+    """One program: the gradient of BN keys and values of one key/value head, over its G query heads and their band.
+
+    Every tile is masked: loops of their own for the band's inside spill registers, which costs more.
+    """
     blocks = tl.cdiv(Tk, BN)
     b, kv_head = tl.program_id(0) // blocks // HK, tl.program_id(0) // blocks % HK
     first_key = tl.program_id(0) % blocks * BN
@@ -395,38 +394,15 @@ def backward_key_kernel(
         high = tl.minimum(high, first_key + BN - 1 - (Tk - Tq) + window)
     if HAS_START:
         high = tl.minimum(high, tl.load(stop + tl.minimum(first_key + BN, Tk) - 1).to(tl.int32))
-    # The queries [first, last) see all of these keys.
-    PLAIN: tl.constexpr = not (HAS_VALID or HAS_START)
-    SINGLE: tl.constexpr = HAS_WINDOW and ONE_LOOP
-    first, last = high, high
-    if PLAIN:
-        first = tl.minimum(high, tl.cdiv(tl.maximum(0, first_key + BN - 1 - (Tk - Tq)), BM) * BM)
-        if HAS_WINDOW:
-            free = first_key + window - (Tk - Tq)
-            last = tl.maximum(first, tl.minimum(high, tl.maximum(0, free) // BM * BM))
-    if SINGLE:
-        first, last = high, high
     for group in range(H // HK):
         h = kv_head * (H // HK) + group
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(alibi + h).to(tl.float32)
         dkey, dvalue = _key_gradient(
-            q, key, value, grad, lse, delta, valid, start, dkey, dvalue, b, h, keys, low, first,
+            q, key, value, grad, lse, delta, valid, start, dkey, dvalue, b, h, keys, low, high,
             Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
-            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
+            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, PRECISION, WIDE,
         )  # fmt: skip
-        if PLAIN and not SINGLE:
-            dkey, dvalue = _key_gradient(
-                q, key, value, grad, lse, delta, valid, start, dkey, dvalue, b, h, keys, first, last,
-                Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
-                HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, False, PRECISION, WIDE,
-            )  # fmt: skip
-        if HAS_WINDOW and PLAIN and not SINGLE:
-            dkey, dvalue = _key_gradient(
-                q, key, value, grad, lse, delta, valid, start, dkey, dvalue, b, h, keys, last, high,
-                Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
-                HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
-            )  # fmt: skip
     _store_tile(dk, dkey * scale, b, kv_head, first_key, BN, Tk, HK, K, BK)
     _store_tile(dv, dvalue, b, kv_head, first_key, BN, Tk, HK, V, BV)
