@@ -48,8 +48,8 @@ class Blocks(NamedTuple):
 LARGE = {
     "forward": Blocks(128, 64, 8, 2),
     "query": Blocks(128, 64, 8, 2),
-    "key": Blocks(64, 64, 4, 2),
-    "state": Blocks(64, 64, 4, 2),
+    "key": Blocks(64, 128, 8, 2),
+    "state": Blocks(64, 64, 8, 2),
 }
 """For bf16 and fp16 on chips that give a block 200 KiB of shared memory, by measurement on an H100."""
 
@@ -160,11 +160,19 @@ class Problem:
 
 
 def walk(
-    p: Problem, x: Tensor, y: Tensor, initial: States, factor: Tensor | None = None, weight: Tensor | None = None
+    p: Problem,
+    x: Tensor,
+    y: Tensor,
+    initial: States,
+    factor: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    whole: bool,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """States before each segment and after the last; with `factor` and `weight`, gradients after each and before all.
 
-    The states that only the kernels read are rounded to q's dtype if that is bf16, as the products would.
+    The last is right only if `whole`. The states that only the kernels read are rounded to q's dtype if that is bf16,
+    as the products would.
     """
     slots = p.segments if p.bounds is not None else p.segments * p.sequences
     states, sums = p.state(slots, torch.bfloat16 if p.q.dtype == torch.bfloat16 else torch.float32)
@@ -185,6 +193,7 @@ def walk(
         final=final,
         final_sum=final_sum,
         REVERSE=factor is not None,
+        WHOLE=whole,
         **shared,
     )
     return (states, sums), (final, final_sum)
@@ -214,7 +223,7 @@ def forward(
     states: States = (None, None)
     final: States = (None, None)
     if output_final_state or initial is not None or q.shape[1] > SEGMENT:
-        states, final = walk(p, k, v, (initial, initial_sum))
+        states, final = walk(p, k, v, (initial, initial_sum), whole=output_final_state)
     o, den = p.new(v.shape, v.dtype), p.new(q.shape[:3], torch.float32)
     p.run(
         forward_kernel,
@@ -267,7 +276,7 @@ def backward(
     long = q.shape[1] > SEGMENT
     states: States = (None, None)
     if initial is not None or long:
-        states, _ = walk(p, k, v, (initial, initial_sum))
+        states, _ = walk(p, k, v, (initial, initial_sum), whole=False)
     dq = p.new(q.shape, q.dtype)
     p.run(
         query_grad_kernel,
@@ -280,7 +289,9 @@ def backward(
     )
     states, start_grad = (None, None), (None, None)
     if initial is not None or final_grad is not None or long:
-        states, start_grad = walk(p, q, out_grad, (final_grad, final_sum_grad), factor, den_grad)
+        states, start_grad = walk(
+            p, q, out_grad, (final_grad, final_sum_grad), factor, den_grad, whole=initial is not None
+        )
     dk, dv = p.new(k.shape, k.dtype), p.new(v.shape, v.dtype)
     p.run(
         key_value_grad_kernel,

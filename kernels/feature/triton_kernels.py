@@ -149,9 +149,9 @@ def state_kernel(
     T, H, SEGMENTS, scale,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, TILES: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     L: tl.constexpr, C: tl.constexpr, TAYLOR: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the state, before each segment and after the last. Grid: N · H · TILES.
+    """One tile of the state, before each segment and (WHOLE) after the last. Grid: N · H · TILES.
 
     x = k, y = v. REVERSE: the gradient of the state, after each segment and before the first; x = q (with
     coefficients), y = do, times `factor` [tokens, H] a row; the normaliser sums the features times `weight`
@@ -174,7 +174,10 @@ def state_kernel(
         segment = segments - 1 - number if REVERSE else number
         slot = _segment_slot(sequence, segment, first_slots, SEGMENTS, PACKED)
         _store_tile(states, sums, tile, total, slot * H + head, features, values, F, V)
-        for start in range(segment * L, tl.minimum(segment * L + L, length), C):
+        stop = tl.minimum(segment * L + L, length)
+        if not WHOLE:  # nobody asks what the last segment adds
+            stop = tl.where(number + 1 < segments, stop, segment * L)
+        for start in range(segment * L, stop, C):
             token = start + rows
             xs = _rows(x, first, head, H, token, length, channels, K)
             ys = _rows(y, first, head, H, token, length, values, V)
