@@ -6,6 +6,8 @@ in registers, while the next tiles are on their way. A stretch is a whole sequen
 Padding rows load g = 0 and x = 0, which leave a state as it is.
 """
 
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton

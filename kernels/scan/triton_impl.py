@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fla_swap.kernels.common import triton_interpreted
@@ -120,7 +119,7 @@ def stretches(x: Tensor, cu_seqlens: Tensor | None, tile: Tile, segment: int | N
     batch, time, channels = x.shape
     warps = -(-channels // tile.channels) * tile.warps * (batch if cu_seqlens is None else 1)
     wanted = 1 if warps >= ENOUGH else -(-WANTED // warps)
-    rounded = segment or max(SHORTEST_SEGMENT, triton.next_power_of_2(-(-time // wanted)))
+    rounded: int = segment or max(SHORTEST_SEGMENT, _power_of_two(-(-time // wanted)))
     segments = -(-time // rounded)
     if cu_seqlens is None:
         return Stretches(
@@ -164,6 +163,11 @@ def segment_table(cu_seqlens: Tensor, time: int, segment: int) -> Tensor:
     local = slots - (ends - counts)[safe]
     rows = torch.stack((sequence, local, first[safe] + local), dim=1)
     return torch.where((sequence < sequences)[:, None], rows, -1).to(torch.int32)
+
+
+def _power_of_two(size: int) -> int:
+    """The next one from `size` on."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
@@ -281,14 +285,14 @@ def hgrn_step(x: Tensor, g: Tensor, state: Tensor, launch: Launch = launch_now) 
 
 def _sizes(s: Stretches, tile: Tile, states: int) -> dict[str, Any]:
     """`place` with the number of states."""
-    padded = triton.next_power_of_2(states)
+    padded = _power_of_two(states)
     return s.place(tile) | {"N": states, "NP": padded, "EVEN": s.even(tile) and padded == states}
 
 
 def _tile(tile: Tile, states: int) -> Tile:
     """More warps for more states than 16, so that a thread holds as many as with 16."""
-    more = max(1, triton.next_power_of_2(states) // 16)
-    return replace(tile, warps=min(tile.warps * more, 16), groups=min(tile.groups, triton.next_power_of_2(states)))
+    more = max(1, _power_of_two(states) // 16)
+    return replace(tile, warps=min(tile.warps * more, 16), groups=min(tile.groups, _power_of_two(states)))
 
 
 def selective_forward(
@@ -485,7 +489,7 @@ def selective_step(
     """T steps, in place on `state` [B,D,N]. Returns [B,T,D] in x's dtype."""
     x, dt, A, B, C, D, z, dt_bias = _contiguous(x, dt, A, B, C, D, z, dt_bias)
     out = torch.empty_like(x)
-    padded = triton.next_power_of_2(A.shape[1])
+    padded = _power_of_two(A.shape[1])
     block = max(8, 2048 // padded)
     launch(
         selective_step_kernel,

@@ -8,6 +8,8 @@ in fp32: every thread needs all of them, and converting costs more than reading.
 NP: N rounded up to a power of two. Legend of names: `rates` A·log2 e, `delta` δ, `u` δ·x, `kept` exp(δ A) h_{t−1}.
 """
 
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
