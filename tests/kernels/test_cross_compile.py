@@ -22,8 +22,9 @@ MODULES = sorted(
 
 # Bytes a thread may spill on sm_90, by module and whether the inputs are narrow (bf16). Most kernels spill nothing in
 # bf16. The most: 384 for one decay per head at width 256, 800 for window's gradients at that width (tiles that
-# spill less were slower), 2,400 for KDA's gradients. fp32 products without tensor cores cost the decay kernels up to
-# 304, window 1,880, the delta rule's walks 3,200.
+# spill less were slower), 2,400 for KDA's gradients, 860 for `gla` with value gates (300 in chunks that forget nearly
+# everything, 100 otherwise). fp32 products without tensor cores cost window 1,880, the delta rule's walks 3,200; as
+# three tf32 products, `gla` 2,500.
 STACK_LIMITS = {
     ("decay.simple_triton", True): 400,
     ("decay.simple_triton", False): 32,
@@ -100,6 +101,9 @@ for target in targets:
     for module, name, kernel, signature, constexprs, num_warps, num_stages in chosen:
         row = {"module": module, "kernel": kernel.fn.__name__, "name": name, "target": target}
         row["narrow"] = "*bf16" in signature.values()
+        if target.startswith("gfx"):  # as the kernels' own choice there: AMD multiplies fp32 exactly
+            exact = {"tf32": "ieee", "tf32x3": "ieee"}
+            constexprs = {key: exact.get(v, v) if isinstance(v, str) else v for key, v in constexprs.items()}
         try:
             aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
             source = triton.compiler.ASTSource(kernel, signature, constexprs, aligned)

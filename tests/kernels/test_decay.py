@@ -143,6 +143,30 @@ def test_uniformly_strong_gates_keep_accurate_gate_gradients(implementation: str
 
 
 @BOTH
+@pytest.mark.parametrize("gate", ["g", "gv"])
+def test_a_document_start_forgets_everything(gate: str, implementation: str) -> None:
+    """Gates of −1e4 among mild and strong ones: what lies before them is gone, what lies after is exact."""
+    inputs = make(70, (gate,), batch=1)
+    values = torch.tensor([-1e4, -30.0, -10.0, -0.1, 0.0])
+    chosen = values[torch.randint(5, inputs[gate].shape, generator=torch.Generator().manual_seed(3))]
+    chosen[:, 20:40] = -0.1
+    chosen[:, 30] = -1e4
+    inputs[gate] = chosen.requires_grad_()
+    assert_close(run(gla, inputs, implementation=implementation), exact(inputs))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_time_cut_into_segments(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk a segment: states are carried between programs. Packed with an empty sequence and padding."""
+    from fla_swap.kernels.decay import triton_plan
+
+    monkeypatch.setattr(triton_plan, "SHORTEST", 1)
+    inputs = make(100, ("g",), batch=1, sequences=3 if packed else 1, key=8, value=8)
+    options = {"cu_seqlens": torch.tensor([0, 70, 70, 96])} if packed else {}
+    assert_close(run(gla, inputs, implementation="triton", **options), exact(inputs, **options))
+
+
+@BOTH
 def test_packed_equals_separate(implementation: str) -> None:
     """Sequences of 3, 0, 66 and 1 tokens, then padding full of NaN that must not leak."""
     bounds = (0, 3, 3, 69, 70)

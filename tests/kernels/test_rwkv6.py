@@ -58,8 +58,10 @@ def assert_close(got: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
         assert error(x, reference[name]) <= (GATE_BAR if name == "d g" else FP32_BAR), name
 
 
-@BOTH
-@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 150])
+@pytest.mark.parametrize(
+    ("time", "implementation"),
+    [*((time, "torch") for time in (1, 2, 63, 64, 65, 150)), *((time, "triton") for time in (1, 65))],
+)
 def test_equals_the_float64_loop(time: int, implementation: str) -> None:
     inputs = make(time, batch=1)
     assert_close(run(rwkv6, inputs, implementation=implementation), exact(inputs))
