@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fla_swap.errors import KernelError
 from fla_swap.kernels.common import choose_implementation
 from fla_swap.kernels.window import torch_impl
 from fla_swap.kernels.window.checks import check_initial, check_inputs
@@ -112,6 +113,10 @@ def window_attention_lse(
     Arguments as in `window_attention` (no "reference"). Returns (o, lse [B, T, H] in fp32 or fp64, state); where no key
     counts lse is +inf and o zero. Gradients reach lse too.
     """
+    if implementation == "reference":
+        raise KernelError(
+            "window_attention_lse has no reference implementation; that of window_attention gives o alone"
+        )
     check_inputs(q, k, v, window, softcap, sinks, alibi, valid)
     check_initial(q, k, v, window, initial_state, output_final_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

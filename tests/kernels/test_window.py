@@ -7,7 +7,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fla_swap.errors import KernelError
-from fla_swap.kernels.window.ops import WindowState, new_window_state, window_attention, window_attention_step
+from fla_swap.kernels.window.ops import (
+    WindowState,
+    new_window_state,
+    window_attention,
+    window_attention_lse,
+    window_attention_step,
+)
 
 IMPLEMENTATIONS = ("torch", "triton")
 
@@ -323,6 +329,8 @@ def test_wrong_arguments_are_named():
     x = inputs(T=4)
     with pytest.raises(KernelError, match="window must be at least 1"):
         window_attention(**x, window=0)
+    with pytest.raises(KernelError, match="no reference implementation"):
+        window_attention_lse(**x, window=2, implementation="reference")
     with pytest.raises(KernelError, match="window=None keeps no constant-size state"):
         window_attention(**x, window=None, output_final_state=True)
     with pytest.raises(KernelError, match=r"sinks must have shape \(2\), got \(3,\)"):
