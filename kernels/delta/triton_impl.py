@@ -120,6 +120,11 @@ class Problem:
         arguments = {name: value for name, value in self.common.items() if name in kernel.arg_names} | given
         self.launch(kernel, (programs, columns), warps, stages, **arguments)
 
+    def run_some(self, kernel: Any, given: dict[str, Any], *, columns: int = 1, warps: int = 4) -> None:
+        """Launch for every slot with those of `given` that the kernel takes."""
+        known = {name: value for name, value in given.items() if name in kernel.arg_names}
+        self.run(kernel, self.slots, columns=columns, warps=warps, **known)
+
 
 def _problem(
     q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, launch: Launch, **target: bool
@@ -437,19 +442,21 @@ def _gradients(
     if p.gate == 2:
         key_tile, value_tile = 64, 64
     columns = triton.cdiv(p.width, key_tile)
-    parts = p.scratch(0 if fused else columns, 4, p.slots, CHUNK, dtype=torch.float32)
-    shared |= {"dq": d_q, "dk": d_k, "dv": d_v, "dg": d_beta if d_g is None else d_g, "parts": parts}
-    shared |= {"BK": key_tile, "BV": value_tile, "MASK": p.masked((p.width, key_tile), (p.value_width, value_tile))}
+    parts = p.scratch(columns, 4, p.slots, CHUNK, dtype=torch.float32)
+    sums = p.scratch(0 if p.gate == 2 else 4, p.slots, CHUNK, dtype=torch.float32)
+    given: dict[str, Any] = {"BK": key_tile, "BV": value_tile, "parts": parts, "sums": sums, "gates": keys.gates}
+    given |= {"dq": d_q, "dk": d_k, "dv": d_v, "dg": d_beta if d_g is None else d_g, "d_beta": d_beta, "GATE": p.gate}
+    given |= {"MASK": p.masked((p.width, key_tile), (p.value_width, value_tile)), "FUSED": fused, "pair": kept.scores}
+    given |= {"summed": keys.summed, "whole": keys.gates, "EXACT": p.exact, "TILES": columns, **shared}
     if p.gate == 2:
-        given = {"summed": keys.summed, "whole": keys.gates, "EXACT": p.exact}
-        p.run(channels.channel_gradient_kernel, p.slots, columns=columns, **given, **shared)
+        p.run_some(channels.channel_gradient_kernel, given, columns=columns)
     else:
-        given = {"pair": kept.scores, "gates": keys.gates, "d_beta": d_beta, "GATE": p.gate, "FUSED": fused}
+        given["weights"] = p.scratch(3, p.slots, CHUNK, CHUNK)
         warps = 8 if key_tile == 128 else 4
-        p.run(gradients.gradient_kernel, p.slots, columns=columns, warps=warps, **given, **shared)
-    if not fused:
-        given = {"parts": parts, "dg": shared["dg"], "d_beta": d_beta, "slots": p.slots}
-        p.run(gradients.gates_kernel, p.slots, **given, TILES=columns, GATE=p.gate)
+        p.run_some(gradients.pair_gradient_kernel, given)
+        p.run_some(gradients.query_gradient_kernel, given, columns=columns, warps=warps)
+        p.run_some(gradients.key_gradient_kernel, given, columns=columns, warps=warps)
+    p.run_some(gradients.gates_kernel, given)
     return d_q, d_k, d_v, d_g, d_beta
 
 
