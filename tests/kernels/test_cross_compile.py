@@ -38,8 +38,8 @@ STACK_LIMITS = {
     ("delta.triton_impl", False): 3300,
     ("feature.triton_impl", True): 400,
     ("feature.triton_impl", False): 2500,
-    ("scan.triton_impl", True): 64,
-    ("scan.triton_impl", False): 64,
+    ("scan.triton_impl", True): 240,
+    ("scan.triton_impl", False): 128,
     ("window.triton_impl", True): 850,
     ("window.triton_impl", False): 1880,
 }
