@@ -167,7 +167,7 @@ def check_zero(site: AttentionSite, name: str, value: Any) -> None:
     )
     zero = ~value.any()
     if torch.compiler.is_compiling():
-        torch._assert_async(zero, message)
+        torch._assert_async(zero, message)  # pyright: ignore[reportPrivateImportUsage]
     elif not bool(zero):
         raise SwapError(message)
 

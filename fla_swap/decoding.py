@@ -303,7 +303,7 @@ def with_decode(kind: type[nn.Module], decoder: Decoder) -> type[nn.Module]:
             return decode(
                 self, decoder, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
             )
-        cache = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get("past_key_values")
         if decoder.owns(cache):  # made for a padded batch that is not coming
             model_kwargs["past_key_values"] = fresh = StaticCache(config=self.config, max_cache_len=slots(cache))
             allocate(self, fresh, input_ids.shape[0])

@@ -59,13 +59,13 @@ def _acts_on_each(node: fx.Node, graph: CapturedGraph) -> bool:
 
 def _may_be_scores(node: fx.Node, graph: CapturedGraph) -> bool:
     """Whether two of its dimensions count tokens: the last two are equal, or two are lengths of the model's inputs."""
-    dims, lengths = shape(node) or (), _lengths(graph)
+    dims, lengths = tuple(shape(node) or ()), _lengths(graph)
     return dims[-1:] == dims[-2:-1] or sum(d in lengths for d in dims) > 1
 
 
 def _lengths(graph: CapturedGraph) -> set[int]:
     if "lengths" not in graph.known:
-        read = [shape(n) or () for n in graph.nodes if n.op == "placeholder" and n.name in graph.data]
+        read = [tuple(shape(n) or ()) for n in graph.nodes if n.op == "placeholder" and n.name in graph.data]
         graph.known["lengths"] = {graph.length, *(d[1] for d in read if len(d) in (2, 3) and d[1] > graph.batch)}
     return graph.known["lengths"]
 

@@ -33,7 +33,7 @@ def _level(summed, at, i, d, size, K: tl.constexpr, MASK: tl.constexpr):
     return tl.exp2(-tl.abs(here - there)), pairs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def channel_decay_kernel(
     q, k, g, q_norm, k_norm, summed, q_in, k_in, k_out, whole, chunks, T, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORMALISE: tl.constexpr,
@@ -63,7 +63,7 @@ def channel_decay_kernel(
     tl.store(whole + slot * K + d, tl.exp2(last), mask=d < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def channel_pairs_kernel(
     q, k, q_norm, k_norm, summed, beta, solution, pair, chunks, T, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORMALISE: tl.constexpr,
@@ -102,7 +102,7 @@ def channel_pairs_kernel(
     put_solution(solution + slot * 2 * L * L, lower, scores, PRECISION, EXACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "slots"])
 def channel_gradient_kernel(
     q, k, d_o, du, v_new, states, d_states, beta, summed, whole, q_norm, k_norm, from_v, dq, dk, dv, dg, parts,
     chunks, T, slots, scale,

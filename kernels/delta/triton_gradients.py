@@ -21,7 +21,7 @@ def _token_gates(ahead, behind, through):
     return tl.sum(tl.where(i[None, :] >= i[:, None], ahead[None, :], behind[None, :]), 1) + through
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "slots"])
 def pair_gradient_kernel(
     k, d_o, du, v_new, pair, beta, gates, q_norm, k_norm, dv, weights, sums, chunks, T, slots, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -89,7 +89,7 @@ def _norms(q_norm, k_norm, slot, NORMALISE: tl.constexpr):
     return query, key
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "slots"])
 def query_gradient_kernel(
     q, k, d_o, states, weights, gates, q_norm, k_norm, sums, dq, parts, chunks, T, slots, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -131,7 +131,7 @@ def query_gradient_kernel(
     put(dq + (row0 * HV + h) * K + k0, tl.trans(grad.to(dq.dtype.element_ty)), HV * K, rows, K - k0, L, BK, MASK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "slots"])
 def key_gradient_kernel(
     q, k, du, v_new, states, d_states, weights, beta, gates, q_norm, k_norm, sums, dk, parts, chunks, T, slots,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -195,7 +195,7 @@ def key_gradient_kernel(
     put(dk + (row0 * HV + h) * K + k0, tl.trans(grad.to(dk.dtype.element_ty)), HV * K, rows, K - k0, L, BK, MASK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "slots"])
 def gates_kernel(
     parts, sums, from_v, beta, dg, d_beta, chunks, T, slots,
     HV: tl.constexpr, TILES: tl.constexpr, VB: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
@@ -229,7 +229,7 @@ def gates_kernel(
     put_column(d_beta + row0 * HV + h, d_factor, rows, HV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def norm_kernel(x, norm, count, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr):
     """norm = 1 / sqrt(Σ x² + eps) of each row, fp32."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -239,7 +239,7 @@ def norm_kernel(x, norm, count, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.cons
     tl.store(norm + r, tl.rsqrt(tl.sum(value * value, 1) + EPS), mask=r < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def norm_backward_kernel(x, dy, dx, count, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BK)

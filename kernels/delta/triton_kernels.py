@@ -32,7 +32,7 @@ from fla_swap.kernels.delta.triton_tiles import (
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     q, k, g, beta, gates, q_norm, k_norm, solution, pair, chunks, T, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr, GATE: tl.constexpr,
@@ -117,7 +117,7 @@ def _decayed(state, gates, slot, K: tl.constexpr, BK: tl.constexpr, GATE: tl.con
     return state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     q, k, k_out, v, beta, gates, q_norm, k_norm, solution, initial, o, v_new, final, chunks, sequences, T, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -169,7 +169,7 @@ def forward_kernel(
         put(final + pid * K * V + v0, tl.trans(state), V, K, V - v0, BK, BV, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def state_kernel(
     k, v_new, gates, q_norm, k_norm, initial, states, chunks, sequences, T,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -210,7 +210,7 @@ def state_kernel(
         state = mm_add(new, key, state, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "slots"])
 def backward_kernel(
     q, k, k_out, v, d_o, beta, gates, q_norm, k_norm, solution, d_final, du, d_states, from_v, d_initial,
     chunks, sequences, T, slots, scale,

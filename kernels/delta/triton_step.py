@@ -10,7 +10,7 @@ import triton.language as tl
 from fla_swap.kernels.delta.triton_tiles import EPS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def step_kernel(
     q, k, v, g, beta, state, o, tokens, scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

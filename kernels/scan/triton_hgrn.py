@@ -86,7 +86,7 @@ def _ends_tile(x, g, base, step, channels, end, mask, D, BT: tl.constexpr, REVER
     return _last(states, BT), tl.sum(gate, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def hgrn_ends_kernel(
     x,
     g,
@@ -146,7 +146,7 @@ def _forward_tile(x, g, out, base, channels, state, mask, D, BT: tl.constexpr, M
     return _last(states, BT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def hgrn_forward_kernel(
     x,
     g,
@@ -230,7 +230,7 @@ def _backward_tile(
     return _last(passed, BT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def hgrn_backward_kernel(
     g,
     h,
@@ -296,7 +296,7 @@ def hgrn_backward_kernel(
             tl.store(initial_grad + own, entering, channels < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def hgrn_step_kernel(x, g, state, out, T, D: tl.constexpr, BD: tl.constexpr):
     """T steps of the recurrence, in place on the state."""
     blocks: tl.constexpr = (D + BD - 1) // BD

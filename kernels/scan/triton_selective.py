@@ -78,7 +78,7 @@ def _follow_both(decay_1, kept_1, added_1, decay_2, kept_2, added_2):
     return decay_1 * decay_2, decay_2 * (kept_1 + added_1) + kept_2, added_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def selective_forward_kernel(
     x,
     dt,
@@ -190,7 +190,7 @@ def selective_forward_kernel(
             tl.store(final + own, state, pair & last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def selective_ends_back_kernel(
     dt,
     A,
@@ -265,7 +265,7 @@ def _over_channels(products, ones, BT: tl.constexpr, NH: tl.constexpr, BD: tl.co
         return tl.sum(rows, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def selective_backward_kernel(
     x,
     dt,
@@ -436,7 +436,7 @@ def selective_backward_kernel(
             tl.store(initial_grad + own, entering, pair)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def selective_step_kernel(
     x,
     dt,

@@ -14,7 +14,7 @@ from fla_swap.kernels.window.triton_impl import pointers, run, static_sizes
 from fla_swap.kernels.window.triton_kernels import tanh
 
 
-@triton.jit(do_not_specialize=["T", "step"])
+@triton.jit(do_not_specialize=["T", "step", "count"])
 def decode_kernel(
     q, k, v, sinks, alibi, valid, ring_k, ring_v, ring_valid, count, o, T, step, scale, softcap,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
@@ -77,7 +77,7 @@ def decode_kernel(
         tl.store(ring_v + target * V + across_v, new_v.to(ring_v.dtype.element_ty), mask=across_v < V)
 
 
-@triton.jit(do_not_specialize=["T", "step"])
+@triton.jit(do_not_specialize=["T", "step", "count"])
 def advance_kernel(valid, ring_valid, count, T, step, W: tl.constexpr, HAS_VALID: tl.constexpr):
     """One program: one sequence has seen token `step`."""
     n = tl.program_id(0).to(tl.int64)

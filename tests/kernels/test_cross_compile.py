@@ -7,6 +7,7 @@ for every chip; `-m slow` compiles every configuration.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -150,3 +151,19 @@ def test_every_kernel_compiles() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_every_configuration_compiles(module: str, target: str) -> None:
     check(compile_all([module], "all", [target]))
+
+
+LENGTHS = {"T", "Tq", "Tk", "tokens", "count", "slots", "step"}
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*/*.py")), ids=lambda p: f"{p.parent.name}.{p.stem}")
+def test_lengths_are_never_compiled_in(path: Path) -> None:
+    """Triton makes a constant of an integer that is 1 unless the kernel says otherwise: T = 1 would not compile."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(function, ast.FunctionDef) or not function.name.endswith("_kernel"):
+            continue
+        spared = {s.value for d in function.decorator_list for s in ast.walk(d) if isinstance(s, ast.Constant)}
+        runtime = {a.arg for a in function.args.args if a.annotation is None}
+        loaded = {n.left.id for n in ast.walk(function) if isinstance(n, ast.BinOp) and isinstance(n.left, ast.Name)}
+        pointers = {name for name in runtime & loaded if f"tl.load({name}" in ast.unparse(function)}
+        assert not (runtime & LENGTHS) - spared - pointers, function.name
