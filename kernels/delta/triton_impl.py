@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from fla_swap.kernels.common import chunk_table, triton_interpreted
@@ -22,16 +23,6 @@ from fla_swap.kernels.delta.triton_step import step_kernel
 
 TILE = 64  # of V in the walks, and of K where states are recomputed: measured, with four warps
 Launch = Callable[..., None]
-
-
-def _count(width: int, size: int) -> int:
-    """Tiles of `size` that `width` needs."""
-    return (width + size - 1) // size
-
-
-def _power(width: int) -> int:
-    """The least power of two that is no less than `width`."""
-    return 1 << (width - 1).bit_length()
 
 
 def launch_now(kernel: Any, grid: tuple[int, int], num_warps: int, num_stages: int, **arguments: Any) -> None:
@@ -80,7 +71,7 @@ class Problem:
 
     @property
     def key_tile(self) -> int:
-        return max(64, _power(self.width))
+        return max(64, triton.next_power_of_2(self.width))
 
     @property
     def roomy(self) -> bool:
@@ -92,7 +83,7 @@ class Problem:
         """Tiles of K and V in the gradients: whole heads where they fit."""
         if not self.roomy:
             return 64, 64
-        return self.key_tile, min(128, max(64, _power(self.value_width)))
+        return self.key_tile, min(128, max(64, triton.next_power_of_2(self.value_width)))
 
     @property
     def precision(self) -> str:
@@ -128,11 +119,6 @@ class Problem:
         """Launch with `programs` × `columns` programs, the arguments in `common` where the kernel has them."""
         arguments = {name: value for name, value in self.common.items() if name in kernel.arg_names} | given
         self.launch(kernel, (programs, columns), warps, stages, **arguments)
-
-    def run_some(self, kernel: Any, given: dict[str, Any], *, columns: int = 1, warps: int = 4) -> None:
-        """Launch for every slot with those of `given` that the kernel takes."""
-        known = {name: value for name, value in given.items() if name in kernel.arg_names}
-        self.run(kernel, self.slots, columns=columns, warps=warps, **known)
 
 
 def _problem(
@@ -220,7 +206,7 @@ def _channel_keys(p: Problem, q: Tensor, k: Tensor, g: Tensor, scale: float, qk_
     p.run(
         channels.channel_decay_kernel,
         p.slots,
-        columns=_count(p.width, 64),
+        columns=triton.cdiv(p.width, 64),
         q=q,
         k=k,
         g=g,
@@ -244,10 +230,10 @@ def _norm(p: Problem, x: Tensor) -> Tensor:
     return norm
 
 
-def _run_rows(p: Problem, kernel: Any, *, x: Tensor, **arguments: Any) -> None:
+def _run_rows(p: Problem, kernel: Any, *, x: Tensor, **arguments: Tensor) -> None:
     count, rows = x.numel() // x.shape[-1], 16
-    block = _power(x.shape[-1])
-    p.run(kernel, _count(count, rows), x=x, **arguments, count=count, BK=block, ROWS=rows)
+    block = triton.next_power_of_2(x.shape[-1])
+    p.run(kernel, triton.cdiv(count, rows), x=x, **arguments, count=count, BK=block, ROWS=rows)
 
 
 def _prepare(
@@ -325,7 +311,7 @@ def forward(
     final = p.scratch(*shape, dtype=torch.float32)
     p.run(
         kernels.forward_kernel,
-        p.sequence_count * p.value_heads * _count(p.value_width, TILE),
+        p.sequence_count * p.value_heads * triton.cdiv(p.value_width, TILE),
         stages=2 if p.roomy else 1,
         v=v,
         beta=beta,
@@ -349,7 +335,7 @@ def forward(
 def _states(p: Problem, keys: Keys, v_new: Tensor, initial_state: Tensor | None) -> Tensor:
     """The states at the chunks' starts, [slots, V, K]."""
     states = p.scratch(p.slots, p.value_width, p.width)
-    columns, parts = _count(p.value_width, TILE), _count(p.width, TILE)
+    columns, parts = triton.cdiv(p.value_width, TILE), triton.cdiv(p.width, TILE)
     stages = 3 if p.large else 1
     arguments = _walk_arguments(keys, p) | {"k": keys.k_out, "BK": TILE}
     del arguments["q"], arguments["k_out"]
@@ -395,7 +381,7 @@ def backward(
         keys = _head_keys(p, q, k, kept.rows, qk_l2norm)
     du, d_states = p.scratch(*v.shape), p.scratch(p.slots, p.value_width, p.width)
     size = 128 if p.roomy and p.value_width > 64 else TILE
-    columns = _count(p.value_width, size)
+    columns = triton.cdiv(p.value_width, size)
     from_v = p.scratch(columns, p.slots, CHUNK, dtype=torch.float32)
     shape = (p.sequence_count, p.value_heads, p.width, p.value_width) if initial_state is not None else (0,)
     d_initial = p.scratch(*shape, dtype=torch.float32)
@@ -450,22 +436,20 @@ def _gradients(
     key_tile, value_tile = p.tiles
     if p.gate == 2:
         key_tile, value_tile = 64, 64
-    columns = _count(p.width, key_tile)
-    parts = p.scratch(columns, 4, p.slots, CHUNK, dtype=torch.float32)
-    sums = p.scratch(0 if p.gate == 2 else 4, p.slots, CHUNK, dtype=torch.float32)
-    given: dict[str, Any] = {"BK": key_tile, "BV": value_tile, "parts": parts, "sums": sums, "gates": keys.gates}
-    given |= {"dq": d_q, "dk": d_k, "dv": d_v, "dg": d_beta if d_g is None else d_g, "d_beta": d_beta, "GATE": p.gate}
-    given |= {"MASK": p.masked((p.width, key_tile), (p.value_width, value_tile)), "FUSED": fused, "pair": kept.scores}
-    given |= {"summed": keys.summed, "whole": keys.gates, "EXACT": p.exact, "TILES": columns, **shared}
+    columns = triton.cdiv(p.width, key_tile)
+    parts = p.scratch(0 if fused else columns, 4, p.slots, CHUNK, dtype=torch.float32)
+    shared |= {"dq": d_q, "dk": d_k, "dv": d_v, "dg": d_beta if d_g is None else d_g, "parts": parts}
+    shared |= {"BK": key_tile, "BV": value_tile, "MASK": p.masked((p.width, key_tile), (p.value_width, value_tile))}
     if p.gate == 2:
-        p.run_some(channels.channel_gradient_kernel, given, columns=columns)
+        given = {"summed": keys.summed, "whole": keys.gates, "EXACT": p.exact}
+        p.run(channels.channel_gradient_kernel, p.slots, columns=columns, **given, **shared)
     else:
-        given["weights"] = p.scratch(3, p.slots, CHUNK, CHUNK)
+        given = {"pair": kept.scores, "gates": keys.gates, "d_beta": d_beta, "GATE": p.gate, "FUSED": fused}
         warps = 8 if key_tile == 128 else 4
-        p.run_some(gradients.pair_gradient_kernel, given)
-        p.run_some(gradients.query_gradient_kernel, given, columns=columns, warps=warps)
-        p.run_some(gradients.key_gradient_kernel, given, columns=columns, warps=warps)
-    p.run_some(gradients.gates_kernel, given)
+        p.run(gradients.gradient_kernel, p.slots, columns=columns, warps=warps, **given, **shared)
+    if not fused:
+        given = {"parts": parts, "dg": shared["dg"], "d_beta": d_beta, "slots": p.slots}
+        p.run(gradients.gates_kernel, p.slots, **given, TILES=columns, GATE=p.gate)
     return d_q, d_k, d_v, d_g, d_beta
 
 
@@ -522,7 +506,7 @@ def step(
         HV=value_heads,
         K=width,
         V=value_width,
-        BK=_power(width),
+        BK=triton.next_power_of_2(width),
         BV=block,
         GATE=0 if g is None else g.ndim - 2,
         NORMALISE=qk_l2norm,

@@ -39,8 +39,8 @@ STACK_LIMITS = {
     ("delta.triton_impl", False): 3300,
     ("feature.triton_impl", True): 400,
     ("feature.triton_impl", False): 2500,
-    ("scan.triton_impl", True): 240,
-    ("scan.triton_impl", False): 128,
+    ("scan.triton_impl", True): 16,
+    ("scan.triton_impl", False): 16,
     ("window.triton_impl", True): 850,
     ("window.triton_impl", False): 1880,
 }
