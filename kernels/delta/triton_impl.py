@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fla_swap.kernels.common import chunk_table, triton_interpreted
@@ -23,6 +22,16 @@ from fla_swap.kernels.delta.triton_step import step_kernel
 
 TILE = 64  # of V in the walks, and of K where states are recomputed: measured, with four warps
 Launch = Callable[..., None]
+
+
+def _count(width: int, size: int) -> int:
+    """Tiles of `size` that `width` needs."""
+    return (width + size - 1) // size
+
+
+def _power(width: int) -> int:
+    """The least power of two that is no less than `width`."""
+    return 1 << (width - 1).bit_length()
 
 
 def launch_now(kernel: Any, grid: tuple[int, int], num_warps: int, num_stages: int, **arguments: Any) -> None:
@@ -71,7 +80,7 @@ class Problem:
 
     @property
     def key_tile(self) -> int:
-        return max(64, triton.next_power_of_2(self.width))
+        return max(64, _power(self.width))
 
     @property
     def roomy(self) -> bool:
@@ -83,7 +92,7 @@ class Problem:
         """Tiles of K and V in the gradients: whole heads where they fit."""
         if not self.roomy:
             return 64, 64
-        return self.key_tile, min(128, max(64, triton.next_power_of_2(self.value_width)))
+        return self.key_tile, min(128, max(64, _power(self.value_width)))
 
     @property
     def precision(self) -> str:
@@ -206,7 +215,7 @@ def _channel_keys(p: Problem, q: Tensor, k: Tensor, g: Tensor, scale: float, qk_
     p.run(
         channels.channel_decay_kernel,
         p.slots,
-        columns=triton.cdiv(p.width, 64),
+        columns=_count(p.width, 64),
         q=q,
         k=k,
         g=g,
@@ -230,10 +239,10 @@ def _norm(p: Problem, x: Tensor) -> Tensor:
     return norm
 
 
-def _run_rows(p: Problem, kernel: Any, *, x: Tensor, **arguments: Tensor) -> None:
+def _run_rows(p: Problem, kernel: Any, *, x: Tensor, **arguments: Any) -> None:
     count, rows = x.numel() // x.shape[-1], 16
-    block = triton.next_power_of_2(x.shape[-1])
-    p.run(kernel, triton.cdiv(count, rows), x=x, **arguments, count=count, BK=block, ROWS=rows)
+    block = _power(x.shape[-1])
+    p.run(kernel, _count(count, rows), x=x, **arguments, count=count, BK=block, ROWS=rows)
 
 
 def _prepare(
@@ -311,7 +320,7 @@ def forward(
     final = p.scratch(*shape, dtype=torch.float32)
     p.run(
         kernels.forward_kernel,
-        p.sequence_count * p.value_heads * triton.cdiv(p.value_width, TILE),
+        p.sequence_count * p.value_heads * _count(p.value_width, TILE),
         stages=2 if p.roomy else 1,
         v=v,
         beta=beta,
@@ -335,7 +344,7 @@ def forward(
 def _states(p: Problem, keys: Keys, v_new: Tensor, initial_state: Tensor | None) -> Tensor:
     """The states at the chunks' starts, [slots, V, K]."""
     states = p.scratch(p.slots, p.value_width, p.width)
-    columns, parts = triton.cdiv(p.value_width, TILE), triton.cdiv(p.width, TILE)
+    columns, parts = _count(p.value_width, TILE), _count(p.width, TILE)
     stages = 3 if p.large else 1
     arguments = _walk_arguments(keys, p) | {"k": keys.k_out, "BK": TILE}
     del arguments["q"], arguments["k_out"]
@@ -381,7 +390,7 @@ def backward(
         keys = _head_keys(p, q, k, kept.rows, qk_l2norm)
     du, d_states = p.scratch(*v.shape), p.scratch(p.slots, p.value_width, p.width)
     size = 128 if p.roomy and p.value_width > 64 else TILE
-    columns = triton.cdiv(p.value_width, size)
+    columns = _count(p.value_width, size)
     from_v = p.scratch(columns, p.slots, CHUNK, dtype=torch.float32)
     shape = (p.sequence_count, p.value_heads, p.width, p.value_width) if initial_state is not None else (0,)
     d_initial = p.scratch(*shape, dtype=torch.float32)
@@ -436,7 +445,7 @@ def _gradients(
     key_tile, value_tile = p.tiles
     if p.gate == 2:
         key_tile, value_tile = 64, 64
-    columns = triton.cdiv(p.width, key_tile)
+    columns = _count(p.width, key_tile)
     parts = p.scratch(0 if fused else columns, 4, p.slots, CHUNK, dtype=torch.float32)
     shared |= {"dq": d_q, "dk": d_k, "dv": d_v, "dg": d_beta if d_g is None else d_g, "parts": parts}
     shared |= {"BK": key_tile, "BV": value_tile, "MASK": p.masked((p.width, key_tile), (p.value_width, value_tile))}
@@ -506,7 +515,7 @@ def step(
         HV=value_heads,
         K=width,
         V=value_width,
-        BK=triton.next_power_of_2(width),
+        BK=_power(width),
         BV=block,
         GATE=0 if g is None else g.ndim - 2,
         NORMALISE=qk_l2norm,
