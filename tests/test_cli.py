@@ -30,7 +30,8 @@ COMMANDS = {
     "--rest-learning-rate --max-tokens --device --seed --resume --overwrite",
     "generate": "model --prompt --new-tokens --temperature --top-p --compile/--no-compile --device --dtype --seed",
     "eval": "models --data --block-size --eval-tokens --device --dtype --json",
-    "serve": "model --host --port --slots --tokens --waiting --max-body --grace --compile/--no-compile --device --dtype",
+    "serve": "model --host --port --slots --tokens --waiting --max-body --grace --compile/--no-compile --device "
+    "--dtype",
     "bench": "",
 }
 
