@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fla_swap.arguments import HIDDEN, get_argument, leaves
-from fla_swap.patterns.mask import expected
+from fla_swap.patterns.mask_kinds import expected
 from fla_swap.recording import CacheRecord, CallRecord
 from fla_swap.types import ArgPath, AttentionSite, CallContract, Rope
 

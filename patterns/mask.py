@@ -1,18 +1,19 @@
-"""What a closed mask means: it is evaluated, and the table of (query, key) pairs is classified."""
+"""What a closed mask of a site means: it is evaluated, and the table of (query, key) pairs is classified."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from fla_swap.arguments import HIDDEN
 from fla_swap.patterns.axes import Axes, AxesRefused, arrange
 from fla_swap.patterns.core import MaskTerm
 from fla_swap.patterns.graph import CapturedGraph, op_name
 from fla_swap.patterns.hints import cone, thresholds
+from fla_swap.patterns.mask_kinds import KINDS, MaskRefused, alibi, candidates, explain, for_all, split
 from fla_swap.types import Mask
 
 
@@ -24,8 +25,11 @@ class MaskTable:
     bias: Tensor | None
 
 
-class MaskRefused(Exception):
-    """The mask is not a function of (query position, key position) alone, or of no kind that a site can state."""
+class Term(Protocol):
+    """What acts on the scores: the closed tensor at `node`."""
+
+    @property
+    def node(self) -> fx.Node: ...
 
 
 def evaluate_mask(
@@ -57,16 +61,11 @@ def evaluate_mask(
             factors.append(value)
         elif term.kind.endswith("after"):
             after.append((term, value == 1 if term.kind == "times after" else ~value.bool()))
-        elif term.kind == "add":
-            value = value * term.factor
-            hidden = value <= HIDDEN
-            if (rest := value.masked_fill(hidden, 0.0)).abs().max() > 0:
-                bias = rest if bias is None else bias + rest
-            seen = seen & ~hidden
         else:
-            if not bool(((value == 0) | (value == 1)).all()):
-                raise MaskRefused("the attention weights are multiplied by a table that is not 0 and 1")
-            seen = seen & (value.bool() if term.kind == "keep" else ~value.bool())
+            kept, rest = split(term.kind, value, term.factor)
+            seen = seen & kept
+            if rest is not None:
+                bias = rest if bias is None else bias + rest
     if any(not bool(((f == 1) | ~seen).all()) for f in factors):
         raise MaskRefused("the scores are multiplied by a table that is not 1 wherever they count")
     for term, kept in after:
@@ -90,28 +89,26 @@ def _four_dims(value: Tensor, graph: CapturedGraph) -> Tensor:
 
 def _table(seen: Tensor, bias: Tensor | None, graph: CapturedGraph) -> MaskTable:
     size = (graph.length, graph.key_length)
-    flat = seen.expand(*seen.shape[:2], *size).flatten(0, 1)
-    if not bool((flat == flat[:1]).all()):
-        raise MaskRefused("the mask differs between heads, or between rows of the batch")
+    flat = for_all(seen.expand(*seen.shape[:2], *size))
     if bias is not None:
         if not bool((bias == bias[:1]).all()):
             raise MaskRefused("the bias on the scores differs between rows of the batch")
-        bias = bias[0].expand(-1, *size).masked_fill(~flat[:1], 0.0)
-    return MaskTable(seen=flat[0], bias=bias)
+        bias = bias[0].expand(-1, *size).masked_fill(~flat, 0.0)
+    return MaskTable(seen=flat, bias=bias)
 
 
 def classify(tables: Sequence[MaskTable]) -> Mask:
     """The one kind that explains the tables of every length. Raises `MaskRefused` when none does."""
-    for candidate in _candidates(max(tables, key=lambda t: t.seen.shape[0]).seen):
-        if all(torch.equal(expected(candidate, t.seen.shape[0], keys=t.seen.shape[1]), t.seen) for t in tables):
-            return candidate
+    longest = max((t.seen for t in tables), key=len)
+    found = candidates(longest[-1], longest[:, 0])
+    for table in tables:
+        found = explain(found, table.seen, len(table.seen))
+    if found:
+        return found[0]
     known = {_other_kind(t.seen) for t in tables}
     if len(known) == 1 and None not in known:
         raise MaskRefused(f"{known.pop()}: a site states causal, window, chunked, bidirectional and local masks")
-    raise MaskRefused(
-        "the mask is neither causal, a window, chunked, bidirectional nor local at lengths "
-        + ", ".join(str(t.seen.shape[0]) for t in tables)
-    )
+    raise MaskRefused(f"the mask is {KINDS} at lengths " + ", ".join(str(t.seen.shape[0]) for t in tables))
 
 
 def _other_kind(seen: Tensor) -> str | None:
@@ -123,35 +120,6 @@ def _other_kind(seen: Tensor) -> str | None:
     if 0 < first < seen.shape[0] and torch.equal(seen, i // first == j // first):
         return f"bidirectional blocks of {first} tokens"
     return None
-
-
-def expected(mask: Mask, length: int, start: int = 0, *, keys: int | None = None) -> Tensor:
-    """bool [T, S]: which keys (columns) each query (row) sees; chunks are counted from the token `start`.
-
-    Query t stands at key t. `keys` None: as many as queries.
-    """
-    j, i = torch.arange(length if keys is None else keys)[None, :] - start, torch.arange(length)[:, None] - start
-    if mask.kind == "bidirectional":
-        return torch.ones(length, j.shape[1], dtype=torch.bool)
-    if mask.kind == "local":
-        return (i - j).abs() < (mask.window or length)
-    seen = j <= i
-    if mask.kind == "window":
-        seen = seen & (i - j < (mask.window or length))
-    if mask.kind == "chunked":
-        seen = seen & (i // (mask.window or length) == j // (mask.window or length))
-    return seen
-
-
-def _candidates(seen: Tensor) -> list[Mask]:
-    count = int(seen[-1].sum())
-    starts = torch.nonzero(~seen[:, 0])
-    found = [Mask(kind="causal"), Mask(kind="bidirectional")]
-    if count:
-        found += [Mask(kind="window", window=count), Mask(kind="local", window=count)]
-    if len(starts):
-        found.append(Mask(kind="chunked", window=int(starts[0])))
-    return found
 
 
 def alibi_slopes(tables: Sequence[MaskTable], heads: int) -> tuple[float, ...] | None:
@@ -176,24 +144,17 @@ def _slopes(bias: Tensor, seen: Tensor, heads: int) -> Tensor:
     length, keys = seen.shape
     if length != keys:
         raise MaskRefused("a bias on the scores of a cross-attention")
-    j = torch.arange(length).double()
     slopes = []
-    for number, line in enumerate(bias):
-        line = line.double()
-        if bool(seen[-1, 0]):
-            slope = (line[-1, -1] - line[-1, 0]) / (length - 1)
-        else:
-            slope = line[-1, -1] - line[-1, -2]
-        rest = line - slope * j
-        rest = rest - rest.diagonal()[:, None]
-        if float(rest.masked_fill(~seen, 0.0).abs().max()) > 1e-4 * float(line.abs().max()):
-            if _by_distance(bias[number : number + 1].double(), seen):
+    for line in bias:
+        try:
+            slopes.append(alibi(line[None], seen, 1e-4))
+        except MaskRefused as refused:
+            if _by_distance(line[None].double(), seen):
                 raise MaskRefused(
                     "a bias on the scores by relative position (learned, as T5's?) that is not ALiBi: no line"
-                )
-            raise MaskRefused("a bias on the scores that is not ALiBi")
-        slopes.append(slope)
-    return torch.stack(slopes).expand(heads)
+                ) from refused
+            raise
+    return torch.cat(slopes).expand(heads)
 
 
 def _by_distance(bias: Tensor, seen: Tensor) -> bool:
@@ -206,6 +167,8 @@ def _by_distance(bias: Tensor, seen: Tensor) -> bool:
     return True
 
 
-def length_hints(terms: Sequence[MaskTerm], graph: CapturedGraph) -> set[int]:
-    """Numbers in the closed subgraph of a mask at which it may change: windows and chunks are among them."""
-    return thresholds(cone((t.node for t in terms), graph), graph, max(graph.length, graph.key_length))
+def length_hints(terms: Iterable[Term], graph: CapturedGraph, above: int | None = None) -> set[int]:
+    """Numbers `above` the graph's length (None) at which a mask of these terms may change: windows and chunks are
+    among them."""
+    above = max(graph.length, graph.key_length) if above is None else above
+    return thresholds(cone((t.node for t in terms), graph), graph, above)

@@ -10,7 +10,8 @@ from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.cores import core_facts, sized
 from fla_swap.patterns.graph import CapturedGraph, shape
 from fla_swap.patterns.hints import spelled
-from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify, evaluate_mask, length_hints
+from fla_swap.patterns.mask import MaskTable, alibi_slopes, classify, evaluate_mask, length_hints
+from fla_swap.patterns.mask_kinds import MaskRefused
 from fla_swap.patterns.parts import Part, Stop
 from fla_swap.types import Mask
 

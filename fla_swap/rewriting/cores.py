@@ -21,9 +21,10 @@ from fla_swap.errors import NoValue
 from fla_swap.patterns.base import Absent, Found, Refused
 from fla_swap.patterns.catalogue import Catalogue
 from fla_swap.patterns.graph import CAST, CONTRACTION, DROPOUT, LAYOUT, CapturedGraph, _ops, argument, op_name, shape
+from fla_swap.patterns.mask_kinds import MaskRefused
 from fla_swap.patterns.parts import unread
 from fla_swap.patterns.rows import RowEvaluator, RowsRefused
-from fla_swap.rewriting.masks import MaskUnknown, Term, Visible, read_mask
+from fla_swap.rewriting.masks import Term, Visible, read_mask
 
 _FACTS = frozenset({"q", "k", "v", "out", "k_transposed", "scale", "mask", "causal", "dropout", "softcap", "sinks"})
 _PLACES = frozenset({"product", "scores", "dim", "same", "mixed", "v_first"})
@@ -85,7 +86,7 @@ class Core:
         """The kind of its mask; CoreRefused when it has none that is known."""
         try:
             return read_mask(self.terms, self.causal, self.lead, self.length, evaluator)
-        except (MaskUnknown, RowsRefused) as refused:
+        except (MaskRefused, RowsRefused) as refused:
             raise CoreRefused(str(refused), self.anchor) from refused
         except (ValueError, NoValue) as error:
             raise CoreRefused(f"the mask is no constant of the graph: {error}", self.anchor) from error

@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from fla_swap.errors import NoValue
 from fla_swap.patterns.catalogue import catalogue
 from fla_swap.patterns.graph import BATCHED, DROPOUT, LAYOUT, alias_root, argument, modules_of, shape, source_of
+from fla_swap.patterns.mask import length_hints
+from fla_swap.patterns.mask_kinds import expected
 from fla_swap.patterns.parts import unread
 from fla_swap.patterns.rows import RowEvaluator
 from fla_swap.rewriting.cores import FLEX, SDPA_OPS, Core, CoreRefused, candidates, closed_inputs, prove, read_core
-from fla_swap.rewriting.masks import constants, expected_rows
 from fla_swap.rewriting.records import RewriteRecord, SkippedCore
 from fla_swap.rewriting.replacement import SDPA, Insert, Replacement, choose, eagerly, unrepeated, write
 from fla_swap.rewriting.twins import Traced, Twin, bounds, default_sizes, static_twin, symbolic_twin
@@ -110,7 +111,7 @@ class _Search:
             except CoreRefused:
                 continue
             lengths |= query_symbols(self.twin.original[core.q])
-            hints |= {h for h in constants(core.terms, self.twin.graph, core.length) if h <= LONGEST}
+            hints |= {h for h in length_hints(core.terms, self.twin.graph, core.length) if h <= LONGEST}
         sizes = {}
         for symbol, short in self.sizes.items():
             low, high = bounds(self.traced, symbol)
@@ -126,7 +127,7 @@ class _Search:
         core = read_core(anchor, self.long.graph, self.patterns)
         if query_symbols(self.twin.original[short.q]):
             high = max(bounds(self.traced, s)[1] for s in query_symbols(self.twin.original[short.q]))
-            beyond = [h for h in constants(short.terms, self.twin.graph, short.length) if core.length <= h < high]
+            beyond = [h for h in length_hints(short.terms, self.twin.graph, short.length) if core.length <= h < high]
             if beyond:
                 reason = f"the mask uses a constant {max(beyond)}, beyond the longest length evaluated, {core.length}"
                 raise CoreRefused(reason, short.anchor)
@@ -134,7 +135,7 @@ class _Search:
         if same != (short.scale, short.softcap, short.causal, short.k_transposed):
             raise CoreRefused("the scale or softcap of the scores depends on the length", short.anchor)
         visible = core.visible(self.long_evaluator)
-        rows = [expected_rows(m, short.length, 0, short.length) for m in (seen, visible.mask)]
+        rows = [expected(m, short.length) for m in (seen, visible.mask)]
         if not torch.equal(*rows):
             raise CoreRefused("the mask is of another kind at another length", short.anchor)
         return choose(core, visible), core.length

@@ -100,6 +100,8 @@ def choose(core: Core, visible: Visible) -> Replacement:
         slopes = rows[0]
     if core.sinks is not None and len(q) == 3:
         heads = sizes(core.sinks)[0]
+    if mask.kind == "local":
+        raise CoreRefused("no operator computes attention to a window on either side", core.anchor)
     plain = core.softcap is None and slopes is None and core.sinks is None
     fused = plain and mask.kind in ("causal", "bidirectional")
     if mask.kind == "bidirectional" and not plain:

@@ -21,12 +21,12 @@ from fla_swap.mixers.softmax import Softmax
 from fla_swap.patterns.base import Refused
 from fla_swap.patterns.catalogue import Catalogue, catalogue
 from fla_swap.patterns.graph import CAST, LAYOUT, CapturedGraph, modules_of, source_of
+from fla_swap.patterns.mask import length_hints
 from fla_swap.patterns.output import find_output
 from fla_swap.patterns.path import walk_path
 from fla_swap.patterns.projection import Linear
 from fla_swap.rewriting.cores import CoreRefused, candidates, read_core, sizes
 from fla_swap.rewriting.exact import FAR, LONGEST, PROVABLE, TOLERANCE, erase_dead, query_symbols
-from fla_swap.rewriting.masks import constants
 from fla_swap.rewriting.records import Rewrite, RewriteRecord
 from fla_swap.rewriting.twins import Traced, Twin, bounds, default_sizes, static_twin, symbolic_twin
 from fla_swap.types import AttentionSite, LayerPlan, SwapPlan
@@ -81,7 +81,7 @@ def _far(
     if not lengths:
         return None
     windows = [layer.site.mask.window or 0 for layer, _ in found]
-    hints = {h for core in cores for h in constants(core.terms, twin.graph, core.length) if h <= LONGEST}
+    hints = {h for core in cores for h in length_hints(core.terms, twin.graph, core.length) if h <= LONGEST}
     affordable = int((PROVABLE / (2 * max(layer.site.heads for layer, _ in found))) ** 0.5)
     wanted = min(max(FAR, *windows, *hints) + 3, affordable)
     traced, chosen = _traced(module), {}

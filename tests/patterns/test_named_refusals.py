@@ -14,7 +14,8 @@ from twisted import WIDTH, Attention, Block, D, H
 from fla_swap.capture import capture
 from fla_swap.errors import CaptureError
 from fla_swap.inspection import inspect
-from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify
+from fla_swap.patterns.mask import MaskTable, alibi_slopes, classify
+from fla_swap.patterns.mask_kinds import MaskRefused
 from fla_swap.patterns.weights import Spread, WeightsRefused, read_spread
 from fla_swap.types import Mask, WeightRef
 

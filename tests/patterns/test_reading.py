@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fla_swap.patterns.heads import HeadsRefused, group
-from fla_swap.patterns.mask import MaskRefused, MaskTable, alibi_slopes, classify, expected
+from fla_swap.patterns.mask import MaskTable, alibi_slopes, classify
+from fla_swap.patterns.mask_kinds import MaskRefused, expected
 from fla_swap.patterns.projection import Stored
 from fla_swap.patterns.rope import NotRotation, read_rotation
 from fla_swap.types import Mask, WeightRef
