@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fla_swap.bench.catalogue import Case, Shape, by_name
-from fla_swap.bench.measuring import Row, Task, Turn, short, synchronize
+from fla_swap.bench.measuring import Row, Task, short
+from fla_swap.bench.timing import synchronize
+from fla_swap.bench.turns import Turn
 from fla_swap.bench.work import size
 
 READ_ONLY = ("window_attention",)

@@ -7,14 +7,10 @@ so that what was measured before a crash or the time limit is kept; the last lin
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,24 +19,22 @@ import torch
 from torch import Tensor
 
 from fla_swap.bench.catalogue import Case, Shape, by_name
+from fla_swap.bench.timing import peak, synchronize, timed
+from fla_swap.bench.turns import Turn, tune_alone
 from fla_swap.bench.work import Rates, size
 
 Call = Callable[[Mapping[str, Tensor]], Tensor]
 REFERENCE_STEPS = 2048
 """Steps compared with the float64 recurrence; of longer sequences the first ones, without gradients."""
-WARMUP, REPEAT = 10, 60
-"""Milliseconds of warm-up and of repetitions behind a median."""
-LONGEST = 30
-"""Seconds that a process may keep the GPU for itself."""
-TUNING = {"warmup": 5, "rep": 15}
-"""The milliseconds for each configuration that a peer's autotuner tries: shorter than its own, alone on the GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One operator one way ("ours" or a peer's name), on shapes that share its compiled kernels.
 
-    `kind`: operator, decode, or rates (of the machine). `compared`: also against the float64 recurrence.
+    `kind`: operator, decode, or rates (of the machine). `cold`: it starts with empty caches, its first call is a cold
+    start. `compared`: also against the float64 recurrence (`quick`: the first shape alone, and few repetitions).
+    `threads`: compile a peer's configurations before its autotuner tries them.
     """
 
     operator: str
@@ -49,7 +43,10 @@ class Task:
     device: str
     dtype: str = "bfloat16"
     kind: str = "operator"
+    cold: bool = True
     compared: bool = True
+    quick: bool = False
+    threads: int = 4
 
     @property
     def name(self) -> str:
@@ -63,13 +60,18 @@ class Task:
 
 @dataclass(kw_only=True)
 class Row:
-    """One operator one way on one shape. Milliseconds, GiB beyond the inputs, seconds; None is not measured."""
+    """One operator one way on one shape. Milliseconds, GiB beyond the inputs, seconds; None is not measured.
+
+    `clock_forward`, `clock_both`: what timed it (see `timing`).
+    """
 
     operator: str
     way: str
     shape: str
     forward: float | None = None
     both: float | None = None
+    clock_forward: str = ""
+    clock_both: str = ""
     peak_forward: float | None = None
     peak_both: float | None = None
     cold_forward: float | None = None
@@ -89,90 +91,6 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         return self.operator, self.way, self.shape, self.where, self.code
-
-
-class Turn:
-    """One process at a time on the GPU. Time spent waiting is written down: it is nobody's cold start or time limit.
-
-    A process that keeps its turn longer than `LONGEST` ends by SIGALRM: what hangs on the GPU holds up nobody else.
-    """
-
-    def __init__(self, lock: Path, notes: Path):
-        self.lock, self.notes, self.waited, self.held = lock, notes, 0.0, False
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        if self.held:
-            yield
-            return
-        begin = time.time()
-        self._note(begin)
-        with self.lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self.waited += time.time() - begin
-            self._note(None)
-            self.held = True
-            signal.alarm(LONGEST)
-            try:
-                yield
-            finally:
-                signal.alarm(0)
-                self.held = False
-
-    def _note(self, since: float | None) -> None:
-        self.notes.write_text(json.dumps([self.waited, since]))
-
-
-_BENCH: list[Callable[..., Any]] = []
-"""Triton's `do_bench`, where `tune_alone` has put another in its place."""
-
-
-def tune_alone(turn: Turn) -> None:
-    """Autotuners of this process time their configurations alone on the GPU, and compile them while others time."""
-    import triton.testing
-
-    original = triton.testing.do_bench
-    _BENCH[:] = [original]
-
-    def do_bench(fn: Callable[[], Any], **options: Any) -> Any:
-        fn()
-        options.update(TUNING)
-        with turn():
-            return original(fn, **options)
-
-    triton.testing.do_bench = do_bench
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def milliseconds(run: Callable[[], Any], device: str) -> float:
-    """Median of a call: on a GPU by events, with the L2 cache flushed before each."""
-    if device.startswith("cuda"):
-        import triton.testing
-
-        bench: Callable[..., Any] = _BENCH[0] if _BENCH else triton.testing.do_bench
-        return float(bench(run, warmup=WARMUP, rep=REPEAT, return_mode="median"))
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times)
-
-
-def peak(run: Callable[[], Any], device: str) -> float | None:
-    """GiB of the allocator's peak beyond what is allocated before the call (the result counts)."""
-    if not device.startswith("cuda"):
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def call_of(case: Case, way: str) -> Call:
@@ -195,7 +113,7 @@ def measure(task: Task, turn: Turn) -> Iterator[Row]:
     for number, shape in enumerate(task.shapes):
         row = Row(operator=task.operator, way=task.way, shape=shape.label)
         try:
-            yield from _stages(row, case, shape, task, turn, cold=number == 0)
+            yield from _stages(row, case, shape, task, turn, first=number == 0)
         except Exception as error:
             failed(row, short(error))
             yield row
@@ -204,7 +122,7 @@ def measure(task: Task, turn: Turn) -> Iterator[Row]:
             torch.cuda.empty_cache()
 
 
-def _stages(row: Row, case: Case, shape: Shape, task: Task, turn: Turn, cold: bool) -> Iterator[Row]:
+def _stages(row: Row, case: Case, shape: Shape, task: Task, turn: Turn, first: bool) -> Iterator[Row]:
     call = call_of(case, task.way)
     inputs = case.inputs(shape, task.device, getattr(torch, task.dtype))
     leaves = list(inputs.values())
@@ -227,7 +145,9 @@ def _stages(row: Row, case: Case, shape: Shape, task: Task, turn: Turn, cold: bo
     del o
     with turn():
         row.peak_forward = peak(forward, task.device)
-        row.forward = milliseconds(forward, task.device)
+        found = timed(forward, task.device, quick=task.quick)
+    row.forward, row.clock_forward = found.milliseconds, found.clock
+    row.notes += [f"forward: {found.reason}"] * bool(found.reason)
     row.notes.append("backward: no result")
     yield row
     try:
@@ -238,13 +158,15 @@ def _stages(row: Row, case: Case, shape: Shape, task: Task, turn: Turn, cold: bo
         del results
         with turn():
             row.peak_both = peak(both, task.device)
-            row.both = milliseconds(both, task.device)
+            found = timed(both, task.device, quick=task.quick)
+        row.both, row.clock_both = found.milliseconds, found.clock
+        row.notes += [f"backward: {found.reason}"] * bool(found.reason)
     except Exception as error:
         failed(row, short(error))
-    if not cold:
+    if not (first and task.cold):
         row.cold_forward = row.cold_both = None
     yield row
-    if not task.compared:
+    if not task.compared or (task.quick and not first):
         return
     try:
         compare(row, case, compared, list(inputs), shape)
@@ -322,9 +244,9 @@ def rates(device: str) -> Rates:
     elements, n = (1 << 29, 8192) if cuda else (1 << 20, 128)
     source = torch.zeros(elements, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    copy = milliseconds(lambda: target.copy_(source), device)
+    copy = timed(lambda: target.copy_(source), device).milliseconds
     a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
-    product = milliseconds(lambda: a @ b, device)
+    product = timed(lambda: a @ b, device).milliseconds
     if cuda:
         from fla_swap.bench.exponentials import run
 
@@ -332,7 +254,8 @@ def rates(device: str) -> Rates:
     else:
         x = torch.zeros(1 << 16)
         operations, run_exponentials = x.numel(), lambda: x.exp()
-    exponential = milliseconds(run_exponentials, device)
+    run_exponentials()
+    exponential = timed(run_exponentials, device).milliseconds
     return Rates(
         copy=2 * size([source]) / copy * 1e3,
         product=2 * n**3 / product * 1e3,
@@ -357,8 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
             with turn():
                 file.write(json.dumps(asdict(rates(task.device))) + "\n")
             return 0
-        if task.device.startswith("cuda"):
-            tune_alone(turn)
+        if task.device.startswith("cuda") and task.way != "ours":
+            tune_alone(turn, task.threads)
         if task.kind == "decode":
             from fla_swap.bench.decode import measure as rows
         else:

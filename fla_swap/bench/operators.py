@@ -3,27 +3,26 @@
     fla-swap bench ops [--peer fla] [--ops gla,hgrn] [--shapes all] [--decode] [--json raw.json] [--out table.md]
 
 Each operator and way runs in a process of its own with fresh compiler caches and a time limit; several compile at
-once, one at a time measures. A peer that refuses, crashes or hangs is recorded with its reason. Rows are written as
-they come; the same command with the same `--json` goes on where it stopped (an operator whose code has changed since is
-measured again).
+once, one at a time measures. First all of ours, few at a time (a cold start needs a core for itself), then the peers,
+whose autotuners compile in threads. A peer that refuses, crashes or hangs is recorded with its reason. Rows are written
+as they come; the same command with the same `--json` goes on where it stopped (an operator whose code has changed since
+is measured again). `--cache DIR` keeps compiled kernels and the choices of the peer's autotuners for later commands.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from threading import Lock
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -31,16 +30,22 @@ from rich.console import Console
 
 from fla_swap.bench import decode
 from fla_swap.bench.catalogue import CASES, Case, Shape, by_name
-from fla_swap.bench.measuring import Row, Task, failed
+from fla_swap.bench.measuring import Task
 from fla_swap.bench.numerics import environment
-from fla_swap.bench.processes import run_task
+from fla_swap.bench.processes import Lines, Place, run_task
+from fla_swap.bench.results import Results, describe, label, rows_of
 from fla_swap.bench.work import Rates
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 DEFAULT = Shape()
 TINY = Shape(batch=1, time=64, heads=2, width=16)
 TOKENS, CHANNELS = 16_384, 4096
+TUNED_LONG = ("gsa", "gla", "retention", "linear_attention", "rwkv6", "simple_gla", "kda", "delta_rule")
+"""Operators whose peer tries the most configurations (375 to 87)."""
 TIMES, WIDTHS = (512, 2048, 8192, 16_384), (64, 128, 256)
+
+
+PLACE = Place(lock=Path(tempfile.gettempdir()) / "gpu.lock")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,46 +57,13 @@ class Settings:
     tiny: bool = False
     decode: bool = False
     retry: bool = False
+    quick: bool = False
     time_limit: float = 60.0
+    peer_limit: float = 150.0
     workers: int = 8
-    lock: Path = Path(tempfile.gettempdir()) / "gpu.lock"
-
-
-@dataclass(kw_only=True)
-class Results:
-    """All rows of a file, also those of other machines and older code; `rates` by machine."""
-
-    where: str
-    rates: dict[str, Rates] = field(default_factory=dict)
-    rows: dict[tuple[str, ...], Row] = field(default_factory=dict)
-    about: dict[str, str] = field(default_factory=dict)
-    writing: Lock = field(default_factory=Lock, repr=False)
-
-    def add(self, rows: Iterable[Row]) -> None:
-        self.rows |= {row.key: row for row in rows}
-
-    def here(self) -> list[Row]:
-        return [row for row in list(self.rows.values()) if row.where == self.where]
-
-    def write(self, path: Path | None) -> None:
-        if path is None:
-            return
-        data = {
-            "about": self.about,
-            "rates": {where: asdict(rate) for where, rate in self.rates.items()},
-            "rows": [asdict(row) for row in list(self.rows.values())],
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".writing")
-        beside.write_text(json.dumps(data, indent=1))
-        beside.replace(path)
-
-    def read(self, path: Path | None) -> None:
-        if path is None or not path.exists():
-            return
-        data = json.loads(path.read_text())
-        self.rates = {where: Rates(**rate) for where, rate in data["rates"].items()}
-        self.add(Row(**row) for row in data["rows"])
+    quiet: int = 5
+    threads: int = 4
+    place: Place = PLACE
 
 
 def shapes_of(settings: Settings) -> list[tuple[Shape, ...]]:
@@ -138,19 +110,30 @@ def ways_of(case: Case, settings: Settings) -> list[str]:
 
 
 def tasks_of(settings: Settings) -> list[Task]:
-    """Ours first, so that a run cut short has them all."""
+    """Ours first, so that a run cut short has them all; peers that tune longest first of those."""
     groups = shapes_of(settings)
     if settings.decode:
         heads, width = (2, 16) if settings.tiny else (DEFAULT.heads, DEFAULT.width)
         groups = [tuple(Shape(batch=b, time=1, heads=heads, width=width) for b in (1, 64))]
-    kind = "decode" if settings.decode else "operator"
     tasks = [
-        Task(operator=name, way=way, shapes=shapes, device=settings.device, kind=kind)
+        Task(
+            operator=name,
+            way=way,
+            shapes=shapes,
+            device=settings.device,
+            kind="decode" if settings.decode else "operator",
+            cold=settings.shapes == "default" and not settings.decode,
+            quick=settings.quick,
+            threads=settings.threads,
+        )
         for name in settings.operators
         for way in ways_of(by_name()[name], settings)
         for shapes in groups
     ]
-    return sorted(tasks, key=lambda task: task.way != "ours")
+    rank = {name: number for number, name in enumerate(TUNED_LONG)}
+    return sorted(
+        tasks, key=lambda task: (task.way != "ours", rank.get(task.operator, len(rank)) * (task.way == "fla"))
+    )
 
 
 def absent(settings: Settings) -> dict[str, str]:
@@ -163,10 +146,6 @@ def absent(settings: Settings) -> dict[str, str]:
         elif settings.decode and case.step() is None:
             found[name] = f"fla_swap.ops has no {name}_step yet"
     return found
-
-
-def label(task: Task, shape: Shape) -> str:
-    return ("step " if task.kind == "decode" else "") + shape.label
 
 
 def open_shapes(task: Task, results: Results, code: str, retry: bool) -> tuple[Shape, ...]:
@@ -185,66 +164,60 @@ def _which(task: Task) -> tuple[str, str]:
 
 def run(settings: Settings, results: Results, console: Console, report: Callable[[], None]) -> None:
     """Measure what is missing; `report` is called after each process."""
-    task = Task(operator="rates", way="", shapes=(), device=settings.device, kind="rates")
-    lines, note = run_task(task, settings.lock, settings.time_limit)
-    if not lines:
-        raise SystemExit(f"could not measure this machine's rates: {note}")
-    results.rates[results.where] = Rates(**lines[-1])
-    console.print(_rates(results.rates[results.where]))
     left_out = absent(settings)
     for name, reason in left_out.items():
         console.print(f"{name}: left out: {reason}")
+    tasks = [task for task in tasks_of(settings) if task.operator not in left_out]
+    ours = [task for task in tasks if task.way == "ours"]
+    rates = Task(operator="rates", way="", shapes=(), device=settings.device, kind="rates")
     begin = time.perf_counter()
-    with ThreadPoolExecutor(settings.workers) as pool:
-        waiting = {}
-        for task in tasks_of(settings):
-            if task.operator in left_out:
-                continue
-            code = code_of(by_name()[task.operator], task.way)
-            shapes = open_shapes(task, results, code, settings.retry)
-            if shapes:
-                task = replace(task, shapes=shapes)
-                limit = settings.time_limit * len(shapes)
-                keep = partial(_keep, task, results, code, report)
-                waiting[pool.submit(run_task, task, settings.lock, limit, keep)] = task, code
-        for number, future in enumerate(as_completed(waiting), 1):
-            task, code = waiting[future]
-            rows = rows_of(task, future.result(), where=results.where, code=code)
-            results.add(rows)
-            report()
-            spent = f"[{number}/{len(waiting)}, {time.perf_counter() - begin:.0f} s]"
-            console.print(f"{spent} {task.name}: {describe(rows)}", markup=False, highlight=False)
+    quiet = settings.quiet if any(task.cold for task in ours) else settings.workers
+    peers = [task for task in tasks if task.way != "ours"]
+    for group, workers in (([rates, *ours], quiet), (peers, settings.workers)):
+        with ThreadPoolExecutor(workers) as pool:
+            waiting = {}
+            for task in group:
+                waiting |= _start(task, pool, settings, results, report)
+            for number, future in enumerate(as_completed(waiting), 1):
+                text = _take(waiting[future], future.result(), results)
+                report()
+                spent = f"[{number}/{len(waiting)}, {time.perf_counter() - begin:.0f} s]"
+                console.print(f"{spent} {waiting[future].name}: {text}", markup=False, highlight=False)
 
 
-def _keep(task: Task, results: Results, code: str, report: Callable[[], None], lines: list[dict[str, Any]]) -> None:
+def _start(
+    task: Task, pool: ThreadPoolExecutor, settings: Settings, results: Results, report: Callable[[], None]
+) -> dict[Future[tuple[Lines, str]], Task]:
+    """The running task, or nothing where the file has all its rows."""
+    if task.kind == "rates":
+        return {pool.submit(run_task, task, settings.place, settings.time_limit): task}
+    code = code_of(by_name()[task.operator], task.way)
+    shapes = open_shapes(task, results, code, settings.retry)
+    if not shapes:
+        return {}
+    task = replace(task, shapes=shapes)
+    limit = (settings.time_limit if task.way == "ours" else settings.peer_limit) * len(shapes)
+    keep = partial(_keep, task, results, report)
+    return {pool.submit(run_task, task, settings.place, limit, keep): task}
+
+
+def _take(task: Task, found: tuple[Lines, str], results: Results) -> str:
+    """Add what a process has found; says what that is."""
+    if task.kind == "rates":
+        lines, note = found
+        if not lines:
+            raise SystemExit(f"could not measure this machine's rates: {note}")
+        results.rates[results.where] = Rates(**lines[-1])
+        return _rates(results.rates[results.where])
+    rows = rows_of(task, found, where=results.where, code=code_of(by_name()[task.operator], task.way))
+    results.add(rows)
+    return describe(rows)
+
+
+def _keep(task: Task, results: Results, report: Callable[[], None], lines: Lines) -> None:
     """What a process has measured so far, should nobody be there when it ends."""
-    results.add(rows_of(task, (lines, ""), where=results.where, code=code))
+    _take(task, (lines, ""), results)
     report()
-
-
-def rows_of(task: Task, found: tuple[list[dict[str, Any]], str], *, where: str, code: str) -> list[Row]:
-    """The last line of each shape; how the process ended, if badly, is noted on the shape it was at."""
-    lines, note = found
-    rows: dict[str, Row] = {}
-    for line in lines:
-        values: dict[str, Any] = {**line, "where": where, "code": code}
-        rows[line["shape"]] = Row(**values)
-    if note:
-        at = next(reversed(rows), None) or label(task, task.shapes[0])
-        row = rows.setdefault(at, Row(operator=task.operator, way=task.way, shape=at, where=where, code=code))
-        failed(row, note)
-    return list(rows.values())
-
-
-def describe(rows: list[Row]) -> str:
-    parts = []
-    for row in rows:
-        times = [f"{n} {x:.3f}" for n in ("forward", "both", "graph", "eager") if (x := getattr(row, n)) is not None]
-        cold = "" if row.cold_forward is None else f", cold {row.cold_forward:.1f} s"
-        parts.append(
-            f"{row.shape} " + ", ".join(times) + (" ms" if times else "") + cold + "".join(f" ({n})" for n in row.notes)
-        )
-    return "; ".join(parts) or "nothing"
 
 
 def _rates(rates: Rates) -> str:
@@ -263,6 +236,7 @@ def command_of(settings: Settings) -> str:
         parts.append("--ops " + ",".join(settings.operators))
     if settings.shapes != "default":
         parts.append(f"--shapes {settings.shapes}")
+    parts += ["--quick"] * settings.quick
     parts += ["--decode"] * settings.decode + ["--tiny"] * settings.tiny
     return " ".join(parts)
 
@@ -272,7 +246,10 @@ def about(settings: Settings) -> dict[str, str]:
     if settings.peer:
         found["peer"] = f"flash-linear-attention {peer_version()}"
     found["command"] = command_of(settings)
-    found["load"] = f"{os.getloadavg()[0]:.1f} at the start; {settings.workers} processes compile at once"
+    found["load"] = (
+        f"{os.getloadavg()[0]:.1f} at the start; {settings.quiet} processes of ours at once, then {settings.workers} "
+        f"of the peer's with {settings.threads} compiling threads each"
+    )
     return found
 
 
@@ -302,9 +279,14 @@ def ops_command(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny shape, to try the command on a CPU.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Measure again what failed.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few repetitions; one shape of each width compared.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds a shape; waiting for the GPU is not counted.")] = 60.0,
-    workers: Annotated[int, typer.Option(help="Processes that compile at once.")] = 8,
-    lock: Annotated[Path, typer.Option(help="Who holds this file's lock may time on the GPU.")] = Settings.lock,
+    peer_limit: Annotated[float, typer.Option(help="The same for a peer, which has to tune.")] = Settings.peer_limit,
+    workers: Annotated[int, typer.Option(help="Processes that compile at once.")] = Settings.workers,
+    quiet: Annotated[int, typer.Option(help="The same while cold starts are measured.")] = Settings.quiet,
+    threads: Annotated[int, typer.Option(help="Threads that compile a peer's configurations.")] = Settings.threads,
+    cache: Annotated[Path | None, typer.Option(help="Keeps kernels and the peer's choices for later runs.")] = None,
+    lock: Annotated[Path, typer.Option(help="Who holds this file's lock may time on the GPU.")] = PLACE.lock,
 ) -> None:
     """Every operator against its floor and a peer: time, memory, cold start, error."""
     from fla_swap.bench.tables import markdown
@@ -323,9 +305,13 @@ def ops_command(
         tiny=tiny,
         decode=decode,
         retry=retry,
+        quick=quick,
         time_limit=time_limit,
+        peer_limit=peer_limit,
         workers=workers,
-        lock=lock,
+        quiet=quiet,
+        threads=threads,
+        place=Place(lock=lock, cache=cache),
     )
     console = Console(width=None if sys.stdout.isatty() else 200)
     results = Results(where=where_of(device), about=about(settings))

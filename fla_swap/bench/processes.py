@@ -10,17 +10,37 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fla_swap.bench.measuring import LONGEST, Task
+from fla_swap.bench.measuring import Task
+from fla_swap.bench.turns import LONGEST, keep_choices, keep_kernels, use_choices
 
 Lines = list[dict[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where tasks run. `lock`: its holder may time on the GPU.
+
+    `cache`: a folder that keeps what our operators' processes compiled and what a peer's autotuners chose, for later
+    processes; a task that measures a cold start compiles in a folder of its own all the same.
+    """
+
+    lock: Path
+    cache: Path | None = None
+
+    @property
+    def kernels(self) -> Path | None:
+        return None if self.cache is None else self.cache / "kernels"
+
+    def choices(self, task: Task) -> Path | None:
+        return None if self.cache is None or task.way == "ours" else self.cache / "choices"
+
+
 def run_task(
-    task: Task, lock: Path, limit: float, meanwhile: Callable[[Lines], None] = lambda lines: None
+    task: Task, place: Place, limit: float, meanwhile: Callable[[Lines], None] = lambda lines: None
 ) -> tuple[Lines, str]:
     """(the lines it wrote, how it ended if badly). `limit`: seconds, those spent waiting for the lock left out.
 
@@ -28,10 +48,17 @@ def run_task(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows, waited = folder / "task.jsonl", folder / "task.waited"
+        rows, waited, triton = folder / "task.jsonl", folder / "task.waited", folder / "triton"
+        choices, shared = place.choices(task), place.kernels if task.way == "ours" else None
+        if choices is not None and use_choices(choices, triton):
+            task = replace(task, cold=False)
         command = [sys.executable, "-m", "fla_swap.bench.measuring", "--task", json.dumps(asdict(task))]
-        command += ["--rows", str(rows), "--lock", str(lock)]
-        caches = {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        command += ["--rows", str(rows), "--lock", str(place.lock)]
+        caches = {
+            "TRITON_CACHE_DIR": str(triton if shared is None or task.cold else shared),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        }
         with (folder / "log").open("w+") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | caches)
             try:
@@ -44,6 +71,10 @@ def run_task(
                 note = f"kept the GPU longer than {LONGEST} s"
             elif note == "" and process.returncode:
                 note = " | ".join(log.read().strip().splitlines()[-3:])[-400:] or f"exit status {process.returncode}"
+        if choices is not None:
+            keep_choices(triton, choices)
+        if shared is not None and task.cold:
+            keep_kernels(triton, shared)
         return _lines(rows), note
 
 

@@ -9,7 +9,9 @@ attention (`scaled_dot_product_attention`, causal), and the peer's chunked reten
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,8 +23,9 @@ from rich.console import Console
 
 from fla_swap.bench.catalogue import Shape
 from fla_swap.bench.measuring import Row, Task
-from fla_swap.bench.operators import Settings, about, describe, rows_of, where_of
-from fla_swap.bench.processes import run_task
+from fla_swap.bench.operators import PLACE, Settings, about, where_of
+from fla_swap.bench.processes import Place, run_task
+from fla_swap.bench.results import describe, rows_of
 from fla_swap.bench.tables import markdown_table, milliseconds_text, times_text
 
 TIMES = tuple(1 << power for power in range(7, 15))
@@ -34,8 +37,8 @@ LABELS = {
 }
 
 
-def run(settings: Settings, console: Console) -> list[Row]:
-    """All lengths of one way in one process, the shortest first."""
+def run(settings: Settings, console: Console, report: Callable[[list[Row]], None]) -> None:
+    """All lengths of one way in one process, the shortest first; `report` gets all rows after each way."""
     base = Shape(batch=1, heads=2, width=16) if settings.tiny else Shape()
     shapes = tuple(replace(base, time=t) for t in (TINY_TIMES if settings.tiny else TIMES))
     ways = ("ours", "sdpa", "fla") if settings.peer else ("ours", "sdpa")
@@ -43,14 +46,16 @@ def run(settings: Settings, console: Console) -> list[Row]:
     with ThreadPoolExecutor(len(ways)) as pool:
         waiting = {}
         for way in ways:
-            task = Task(operator="retention", way=way, shapes=shapes, device=settings.device, compared=False)
-            waiting[pool.submit(run_task, task, settings.lock, settings.time_limit)] = task
+            task = Task(
+                operator="retention", way=way, shapes=shapes, device=settings.device, cold=False, compared=False
+            )
+            waiting[pool.submit(run_task, task, settings.place, settings.time_limit)] = task
         for future in as_completed(waiting):
             task = waiting[future]
             found = rows_of(task, future.result(), where=where, code="")
             console.print(f"{task.name}: {describe(found)}", markup=False, highlight=False)
             rows += found
-    return sorted(rows, key=lambda row: (ways.index(row.way), time_of(row)))
+            report(sorted(rows, key=lambda row: (ways.index(row.way), time_of(row))))
 
 
 def time_of(row: Row) -> int:
@@ -107,32 +112,48 @@ def retention_command(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny shapes, to try the command on a CPU.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds for one way; waiting for the GPU not counted.")] = 120.0,
-    lock: Annotated[Path, typer.Option(help="Who holds this file's lock may time on the GPU.")] = Settings.lock,
+    cache: Annotated[Path | None, typer.Option(help="Keeps kernels and the peer's choices for later runs.")] = None,
+    lock: Annotated[Path, typer.Option(help="Who holds this file's lock may time on the GPU.")] = PLACE.lock,
 ) -> None:
     """Retention against flash attention, T from 128 to 16,384."""
     if peer not in (None, "fla"):
         raise typer.BadParameter(f"--peer takes fla, got {peer!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = Settings(device=device, peer=peer, tiny=tiny, time_limit=time_limit, lock=lock)
-    console = Console()
-    begin = time.perf_counter()
-    rows = run(settings, console)
-    facts = about(settings) | {"seconds": f"{time.perf_counter() - begin:.0f}"}
+    place = Place(lock=lock, cache=cache)
+    settings = Settings(device=device, peer=peer, tiny=tiny, time_limit=time_limit, place=place)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    facts = about(settings)
     facts["command"] = "fla-swap bench retention" + f" --peer {peer}" * bool(peer) + " --tiny" * tiny
-    lines = ["# Retention against softmax attention", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     shape = Shape(batch=1, heads=2, width=16) if tiny else Shape()
     sizes = f"B {shape.batch}, H {shape.heads}, D {shape.width}, bf16"
-    lines += [f"{sizes}, causal; L2 cache flushed before each call.", "", *table(rows)]
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "retention.json").write_text(
-            json.dumps({"about": facts, "rows": [asdict(r) for r in rows]}, indent=1)
-        )
-        plot(rows, f"{sizes}; {where_of(device)}", folder / "retention.png")
-        lines.insert(2, "![milliseconds over T](retention.png)\n")
-        (folder / "retention.md").write_text("\n".join(lines).rstrip() + "\n")
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    begin = time.perf_counter()
+
+    def report(rows: list[Row]) -> None:
+        facts["seconds"] = f"{time.perf_counter() - begin:.0f}"
+        if folder is not None:
+            write(rows, facts, sizes, f"{sizes}; {where_of(device)}", folder)
+        if len({row.way for row in rows}) == (3 if peer else 2):
+            console.print("\n".join(page(rows, facts, sizes)), markup=False, highlight=False, soft_wrap=True)
+
+    run(settings, console, report)
+
+
+def page(rows: list[Row], facts: dict[str, str], sizes: str) -> list[str]:
+    lines = ["# Retention against softmax attention", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
+    how = "replays of a CUDA graph, L2 cache overwritten before each"
+    return [*lines, f"{sizes}, causal; {how}.", "", *table(rows)]
+
+
+def write(rows: list[Row], facts: dict[str, str], sizes: str, title: str, folder: Path) -> None:
+    """retention.json, retention.png and retention.md, which shows the picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"about": facts, "rows": [asdict(row) for row in rows]}
+    (folder / "retention.json").write_text(json.dumps(data, indent=1))
+    plot(rows, title, folder / "retention.png")
+    head, *rest = page(rows, facts, sizes)
+    text = "\n".join([head, "", "![milliseconds over T](retention.png)", *rest])
+    (folder / "retention.md").write_text(text.rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from fla_swap.bench.measuring import Row
 from fla_swap.bench.work import Rates
 
 if TYPE_CHECKING:
-    from fla_swap.bench.operators import Results
+    from fla_swap.bench.results import Results
 
 SPEEDUP, MEMORY, COLD_FORWARD, COLD_BOTH = 1.5, 0.7, 3.0, 8.0
 """The bars: times as fast as the peer, of its peak memory; seconds from a fresh cache to the first result."""
 PEERS = ("fla", "flex")
+BY_EVENTS = " ᵉ"
 
 
 def markdown(results: Results) -> str:
@@ -78,30 +79,32 @@ def speed(rows: dict[tuple[str, str], dict[str, Row]], rates: Rates) -> list[str
             own, other = _value(ours, field), _value(peer, field)
             table[-1] += [
                 milliseconds_text(floor),
-                milliseconds_text(own),
+                _timed(ours, field),
                 times_text(own, floor),
-                milliseconds_text(other) if peer else "–",
+                _timed(peer, field),
                 times_text(other, own),
             ]
         softmax = ways.get("sdpa")
         if softmax is not None:
-            row = ["full softmax (SDPA flash)", label]
-            table.append(
-                [
-                    *row,
-                    "",
-                    milliseconds_text(softmax.forward),
-                    "",
-                    "",
-                    "",
-                    "",
-                    milliseconds_text(softmax.both),
-                    "",
-                    "",
-                    "",
-                ]
-            )
-    return ["Milliseconds, median:", "", *markdown_table(table)]
+            row = ["full softmax (SDPA flash)", label, "", _timed(softmax, "forward"), "", "", ""]
+            table.append([*row, "", _timed(softmax, "both"), "", "", ""])
+    text = (
+        "Milliseconds, median, of the device alone (replays of a CUDA graph, L2 cache overwritten before each); "
+        f"{BY_EVENTS}: of calls from Python, where the host's part may be the longer."
+    )
+    return [text, "", *markdown_table(table)]
+
+
+def _timed(row: Row | None, field: str) -> str:
+    """Milliseconds with the mark of what timed them, or in a word why there are none."""
+    value = _value(row, field)
+    if row is None or value is not None:
+        return milliseconds_text(value) + BY_EVENTS * (getattr(row, f"clock_{field}", "") == "events")
+    stages = ("forward: ", "backward: ")[: 1 if field == "forward" else 2]
+    notes = [note for note in row.notes if note.startswith(stages) and not note.endswith("no result")]
+    if not notes:
+        return "–"
+    return "not done" if "not done after" in notes[0] else "refused" if "Error" in notes[0] else "failed"
 
 
 def floor_of(name: str, label: str, row: Row | None, rates: Rates) -> tuple[float | None, float | None]:

@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 
 from fla_swap.bench import measuring, operators, processes, tables
 from fla_swap.bench.catalogue import CASES, Peer, Shape, by_name
-from fla_swap.bench.measuring import Row, Task, Turn
-from fla_swap.bench.operators import Results
+from fla_swap.bench.measuring import Row, Task
+from fla_swap.bench.processes import Place
+from fla_swap.bench.results import Results, rows_of
+from fla_swap.bench.turns import Turn
 from fla_swap.bench.work import Rates, floors, window_products
 from fla_swap.cli import app
 
@@ -81,15 +83,15 @@ def _with(case, **changes):
 def test_what_was_measured_before_the_time_limit_is_kept() -> None:
     task = Task(operator="gla", way="ours", shapes=(TINY,), device="cpu")
     row = Row(operator="gla", way="ours", shape=TINY.label, forward=1.0, notes=["backward: no result"])
-    (kept,) = operators.rows_of(task, ([asdict(row)], "not done after 60 s"), where="here", code="1")
+    (kept,) = rows_of(task, ([asdict(row)], "not done after 60 s"), where="here", code="1")
     assert kept.forward == 1.0 and kept.notes == ["backward: not done after 60 s"] and kept.where == "here"
-    (nothing,) = operators.rows_of(task, ([], "not done after 60 s"), where="here", code="1")
+    (nothing,) = rows_of(task, ([], "not done after 60 s"), where="here", code="1")
     assert nothing.shape == TINY.label and nothing.notes == ["not done after 60 s"]
 
 
 def test_a_process_over_its_limit_is_stopped(tmp_path: Path) -> None:
     task = Task(operator="gla", way="ours", shapes=(TINY,), device="cpu")
-    assert processes.run_task(task, tmp_path / "lock", 0.01) == ([], "not done after 0.01 s")
+    assert processes.run_task(task, Place(lock=tmp_path / "lock"), 0.01) == ([], "not done after 0.01 s")
 
 
 def test_time_spent_waiting_for_the_gpu_is_not_counted(tmp_path: Path) -> None:
@@ -127,12 +129,32 @@ def test_tables_show_floor_ratio_bars_and_reasons() -> None:
     sizes = {"inputs": 4 * 8 * 2048 * 4096 * 2, "output": 8 * 2048 * 4096 * 2, "where": "here"}
     ours = Row(operator="gla", way="ours", shape=label, forward=0.4, both=2.0, peak_both=2.0, cold_both=9.0, **sizes)
     peer = Row(operator="gla", way="fla", shape=label, forward=0.8, both=2.0, peak_both=2.5, **sizes)
-    peer.notes.append("slow")
+    peer.clock_both = "events"
+    peer.notes.append("backward: not captured in a CUDA graph, timed by events: it asks")
     results.add([ours, peer])
     text = tables.markdown(results)
     assert f"| gla | {label} | 0.168 | 0.400 | 2.38× | 0.800 | 2.00× |" in text
     assert "forward+backward 1.00× the peer's speed" in text and "0.80 of the peer's peak memory" in text
-    assert "cold start, both, 9.0 s" in text and f"- gla, fla, {label}: slow" in text
+    assert "cold start, both, 9.0 s" in text and f"- gla, fla, {label}: backward: not captured in a CUDA graph" in text
+    assert "× | 2.000 ᵉ | 1.00× |" in text
+
+
+@pytest.mark.parametrize(
+    ("note", "forward", "both"),
+    [
+        ("backward: RuntimeError: Triton >= 3.4.0 on Hopper produces incorrect results", "0.100", "refused"),
+        ("backward: not done after 150 s", "0.100", "not done"),
+        ("forward: not done after 150 s", "not done", "not done"),
+        ("backward: no result", "0.100", "–"),
+    ],
+)
+def test_a_peer_without_a_result_shows_why(note: str, forward: str, both: str) -> None:
+    results = Results(where="here", rates={"here": RATES})
+    peer = Row(operator="gla", way="fla", shape=TINY.label, forward=0.1 if forward == "0.100" else None, where="here")
+    peer.notes.append(note)
+    results.add([Row(operator="gla", way="ours", shape=TINY.label, forward=0.1, both=0.2, where="here"), peer])
+    cells = tables.markdown(results).split(f"| gla | {TINY.label} |")[1].splitlines()[0].split(" | ")
+    assert cells[3] == forward and cells[8] == both
 
 
 def test_newer_code_replaces_older_rows_in_the_table() -> None:
@@ -147,6 +169,15 @@ def test_steps_are_measured(tmp_path: Path) -> None:
     task = Task(operator="gated_delta_rule", way="ours", shapes=(shape,), device="cpu", kind="decode")
     (row,) = measure(task, turn(tmp_path))
     assert row.notes == [] and row.eager > 0 and row.state == 2 * 2 * 8 * 8 * 4
+
+
+def test_ours_are_measured_before_the_peers_and_a_shared_cache_is_no_cold_start() -> None:
+    settings = operators.Settings(device="cpu", peer="fla")
+    ways = [task.way for task in operators.tasks_of(settings)]
+    assert ways == sorted(ways, key=lambda way: way != "ours") and ways.count("ours") == len(CASES)
+    assert all(task.cold for task in operators.tasks_of(settings))
+    assert not any(t.cold for t in operators.tasks_of(operators.Settings(device="cpu", shapes="all", quick=True)))
+    assert not any(t.cold for t in operators.tasks_of(operators.Settings(device="cpu", decode=True)))
 
 
 @pytest.mark.slow
