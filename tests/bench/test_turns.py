@@ -50,8 +50,9 @@ def test_an_autotuners_configurations_are_compiled_before_it_tries_the_first(
     kernel, configs = Kernel(), [triton.Config({"BLOCK": block}) for block in (16, 32, 64)]
     kernel.fn = lambda x: None  # type: ignore[method-assign, assignment]
     times = iter((3.0, 1.0, 2.0))
-    options = {"do_bench": lambda fn, quantiles: [fn() or next(times)] * 3}
-    tuner = Autotuner(kernel, ["x"], configs, ["x"], None, None, **options)
+    tuner = Autotuner(
+        kernel, ["x"], configs, ["x"], None, None, do_bench=lambda fn, quantiles: [fn() or next(times)] * 3
+    )
     tuner.run(7, grid=(1,), warmup=False)
     assert sorted(kernel.log[:2]) == [("compiled", 16), ("compiled", 32)]
     assert kernel.log[2:] == [("run", 16), ("run", 32), ("run", 64), ("run", 32)]
