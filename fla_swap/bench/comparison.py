@@ -104,16 +104,16 @@ def load_cases() -> dict[str, Mapping[str, Any]]:
 
 
 def compare(name: str, case: Mapping[str, Any], shape: Shape, dtype: torch.dtype, settings: Settings) -> Iterator[Row]:
-    """Compare every implementation of one operator on one shape with the float64 reference."""
+    """Compare every implementation of one operator on one shape with the float64 reference, which runs on the CPU."""
     inputs = _inputs(case, shape, dtype, settings)
-    exact = {n: _leaf(x.double(), x) if x.is_floating_point() else x for n, x in inputs.items()}
+    exact = {n: _leaf(x.double().cpu(), x) if x.is_floating_point() else x.cpu() for n, x in inputs.items()}
     kwargs = dict(case["kwargs"])
     if accepts(case, "output_final_state"):
         kwargs.setdefault("output_final_state", True)
     expected = _flatten(case["reference"](**exact, **kwargs))
     generator = torch.Generator().manual_seed(settings.seed + 1)
     cotangents = {
-        n: torch.randn(x.shape, generator=generator).to(settings.device, dtype if n == "output" else torch.float32)
+        n: torch.randn(x.shape, generator=generator).to(dtype if n == "output" else torch.float32)
         for n, x in expected.items()
     }
     expected |= _gradients(expected, exact, cotangents)
@@ -127,7 +127,7 @@ def compare(name: str, case: Mapping[str, Any], shape: Shape, dtype: torch.dtype
         for quantity, reference in expected.items():
             kind = _kind(quantity, case.get("gates", GATES))
             zero = not reference.any()
-            error = _error(got[quantity].detach(), reference)
+            error = _error(got[quantity].detach().cpu(), reference)
             yield Row(
                 case=name,
                 implementation=implementation,
@@ -194,7 +194,7 @@ def _gradients(
     gradients = torch.autograd.grad(
         [outputs[n] for n in differentiable],
         [inputs[n] for n in names],
-        [cotangents[n].to(outputs[n].dtype) for n in differentiable],
+        [cotangents[n].to(outputs[n]) for n in differentiable],
         allow_unused=True,
         materialize_grads=True,
     )

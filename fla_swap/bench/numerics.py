@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,7 +49,8 @@ def run_in_process(name: str, settings: Settings) -> list[Row]:
         for dtype in settings.dtypes:
             command += ["--dtype", dtype]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=settings.time_limit)
+            environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=settings.time_limit, env=environment)
             note = "" if done.returncode == 0 else _last_lines(done.stderr) or f"exit status {done.returncode}"
         except subprocess.TimeoutExpired:
             note = f"not done after {settings.time_limit:g} s"
@@ -79,31 +81,45 @@ def crash(name: str, after: Row | None, note: str) -> Row:
     )
 
 
-def run(settings: Settings, console: Console) -> list[Row]:
-    """All cases, in processes of their own on a GPU, in this process on a CPU."""
+def run(settings: Settings, console: Console, report: Callable[[list[Row]], None] = lambda rows: None) -> list[Row]:
+    """All cases, in processes of their own on a GPU (bf16 first), in this process on a CPU.
+
+    `report` gets all rows after each case.
+    """
     cases = load_cases()
     unknown = [name for name in settings.only if name not in cases]
     if unknown:
         raise SystemExit(f"no case called {unknown[0]!r}; the cases are: {', '.join(cases)}")
     names = settings.only or tuple(cases)
-    rows: list[Row] = []
+    found: dict[tuple[str, str], list[Row]] = {}
+
+    def add(name: str, dtype: str, rows: list[Row]) -> None:
+        found[name, dtype] = rows
+        _progress(console, f"{name} {dtype}".strip(), rows)
+        report(ordered())
+
+    def ordered() -> list[Row]:
+        return [row for name in names for dtype in (*settings.dtypes, "") for row in found.get((name, dtype), [])]
+
     if settings.device.startswith("cuda"):
-        parts = [(name, replace(settings, dtypes=(dtype,))) for name in names for dtype in settings.dtypes]
         with ThreadPoolExecutor(settings.workers) as pool:
-            for (name, part), found in zip(parts, pool.map(lambda p: run_in_process(*p), parts), strict=True):
-                _progress(console, f"{name} {part.dtypes[0]}", found)
-                rows += found
-        return rows
+            waiting = {
+                pool.submit(run_in_process, name, replace(settings, dtypes=(dtype,))): (name, dtype)
+                for dtype in sorted(settings.dtypes)
+                for name in names
+            }
+            for future in as_completed(waiting):
+                add(*waiting[future], future.result())
+        return ordered()
     for name in names:
-        found = []
+        rows: list[Row] = []
         try:
             for row in run_case(name, cases[name], settings):
-                found.append(row)
+                rows.append(row)
         except Exception as error:
-            found.append(crash(name, found[-1] if found else None, f"{type(error).__name__}: {error}"))
-        _progress(console, name, found)
-        rows += found
-    return rows
+            rows.append(crash(name, rows[-1] if rows else None, f"{type(error).__name__}: {error}"))
+        add(name, "", rows)
+    return ordered()
 
 
 def _progress(console: Console, name: str, rows: list[Row]) -> None:
@@ -208,10 +224,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=180)
     start = time.perf_counter()
-    rows = run(settings, console)
+
+    def report(rows: list[Row]) -> None:
+        if options.out:
+            write(rows, settings, time.perf_counter() - start, options.out)
+
+    rows = run(settings, console, report)
     show(rows, console)
-    if options.out:
-        write(rows, settings, time.perf_counter() - start, options.out)
     return 0 if all(row.passed for row in rows) else 1
 
 

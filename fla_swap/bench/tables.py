@@ -89,7 +89,7 @@ def speed(rows: dict[tuple[str, str], dict[str, Row]], rates: Rates) -> list[str
             row = ["full softmax (SDPA flash)", label, "", _timed(softmax, "forward"), "", "", ""]
             table.append([*row, "", _timed(softmax, "both"), "", "", ""])
     text = (
-        "Milliseconds, median, of the device alone (replays of a CUDA graph, L2 cache overwritten before each); "
+        "Milliseconds, median, of the device alone (replays of a CUDA graph, L2 cache overwritten before each);"
         f"{BY_EVENTS}: of calls from Python, where the host's part may be the longer."
     )
     return [text, "", *markdown_table(table)]
