@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import StaticCache
 
 from fla_swap.decoding import Decoder, allocate, bucket, on_device, with_decode
 from fla_swap.errors import SwapError
+from fla_swap.regions import compile_regions
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,33 +36,41 @@ TIME: dict[str, dict[int, list[int]]] = {
 }
 
 
+def whole_graph(forward: Callable[..., Any], *, backend: str = "inductor") -> Callable[..., Any]:
+    """`forward` compiled without graph breaks; Inductor compiles each distinct layer once (`regions`)."""
+    chosen: Any = by_layer if backend == "inductor" else backend
+    return torch.compile(forward, fullgraph=True, backend=chosen, **_own_limits())
+
+
+def by_layer(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Inductor, layer by layer in inference; a graph with gradients is compiled in one piece."""
+    from torch._inductor.compile_fx import compile_fx
+
+    if torch.is_grad_enabled():
+        return compile_fx(module, list(inputs))
+    return compile_regions(module, lambda piece, values: compile_fx(piece, list(values)))
+
+
 class CompiledForward:
     """Takes the place of a model's `forward`: sends a call to the compiled decode step or the compiled rest."""
 
-    def __init__(self, forward: Callable[..., Any], *, backend: str, cuda_graphs: bool):
+    def __init__(self, forward: Callable[..., Any], *, backend: str):
         functools.update_wrapper(self, forward)
         self.__signature__ = inspect.signature(forward)
-        options = {"fullgraph": True, "backend": backend, **_own_limits()}
-        self.cuda_graphs = cuda_graphs
-        self.many: Callable[..., Any] = torch.compile(forward, **options)
-        self.step: Callable[..., Any] = self.many
-        if cuda_graphs:
-            self.step = torch.compile(forward, **options, mode="reduce-overhead")
+        self.whole = whole_graph(forward, backend=backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         tokens = next((given[n].shape[1] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
         if tokens == 1 and given.get("past_key_values") is not None:
-            if self.cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()
-            return self.step(*args, **kwargs)
+            return self.whole(*args, **kwargs)
         for name, dimensions in TIME.items():
             value = given.get(name)
             for tensor in value.values() if isinstance(value, dict) else (value,):  # a mask for each kind of layer
                 if isinstance(tensor, Tensor) and tensor.dim() in dimensions:
                     torch._dynamo.maybe_mark_dynamic(tensor, dimensions[tensor.dim()])
-        return self.many(*args, **kwargs)
+        return self.whole(*args, **kwargs)
 
 
 class StaticCachePreparation:
@@ -117,9 +126,9 @@ def compile(model: Model, *, backend: str = "inductor", cuda_graphs: bool | None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     graphs = device.type == "cuda" if cuda_graphs is None else cuda_graphs
     target: Any = model
-    forward = CompiledForward(target.forward, backend=backend, cuda_graphs=graphs)
+    forward = CompiledForward(target.forward, backend=backend)
     if hasattr(model, "_prepare_cache_for_generation"):
-        decoder = Decoder(forward.many, cuda_graphs=graphs)
+        decoder = Decoder(forward.whole, cuda_graphs=graphs)
         prepare = target._prepare_cache_for_generation
         target._prepare_cache_for_generation = StaticCachePreparation(model, prepare, decoder)
         target._valid_auto_compile_criteria = _never
