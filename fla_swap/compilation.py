@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,9 +46,12 @@ def by_layer(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any
     """Inductor, layer by layer in inference; a graph with gradients is compiled in one piece."""
     from torch._inductor.compile_fx import compile_fx
 
+    def compile_piece(piece: fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
+        return cast(Callable[..., Any], compile_fx(piece, list(values)))
+
     if torch.is_grad_enabled():
-        return compile_fx(module, list(inputs))
-    return compile_regions(module, lambda piece, values: compile_fx(piece, list(values)))
+        return compile_piece(module, inputs)
+    return compile_regions(module, compile_piece)
 
 
 class CompiledForward:

@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -60,7 +60,7 @@ class Pieces:
             self.steps.append(
                 (run, [self.places[n] for n in inputs], [self.places[n] for n in region.outputs], dead),
             )
-        self.output = fx.map_arg(output, lambda node: _Place(self.places[node]))
+        self.output = fx.map_arg(output, lambda node: cast(Any, _Place(self.places[node])))
 
     def _compile(
         self, module: fx.GraphModule, region: Region, inputs: list[fx.Node], compiler: Compiler
@@ -176,7 +176,7 @@ def describe(piece: fx.GraphModule) -> str:
     lines = []
     for node in piece.graph.nodes:
         numbers[node] = len(numbers)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Place(numbers[n]))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: cast(Any, _Place(numbers[n])))
         target = node.target if isinstance(node.target, str) else _name(node.target)
         if node.op == "placeholder":
             target = ""
@@ -212,4 +212,4 @@ def _attribute(module: nn.Module, node: fx.Node) -> Any:
 
 
 def _is_module(node: fx.Node) -> bool:
-    return node.op == "get_attr" and isinstance(_attribute(node.graph.owning_module, node), nn.Module)
+    return node.op == "get_attr" and isinstance(_attribute(cast(nn.Module, node.graph.owning_module), node), nn.Module)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from fla_swap.regions import Pieces, compile_regions
 
 
 class Block(nn.Module):
+    seen: torch.Tensor
+
     def __init__(self, width: int, kept: bool):
         super().__init__()
         self.up, self.kept = nn.Linear(width, width), kept
@@ -26,6 +30,10 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([Block(8, kept) for kept in kinds])
         self.head = nn.Linear(8, 3)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.layers))
 
     def forward(self, x):
         hidden = x.double().float()
@@ -55,13 +63,13 @@ def run(kinds, *, lengths=(4,)):
     for length in lengths:
         x = torch.randn(2, length, 8)
         torch._dynamo.maybe_mark_dynamic(x, 1)
-        expected, states = plain(x), [layer.seen.clone() for layer in plain.layers]
-        for layer in plain.layers:
+        expected, states = plain(x), [layer.seen.clone() for layer in plain.blocks]
+        for layer in plain.blocks:
             layer.seen.zero_()
         found = compiled(x)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert all(torch.equal(layer.seen, state) for layer, state in zip(plain.layers, states, strict=True))
-        for layer in plain.layers:
+        assert all(torch.equal(layer.seen, state) for layer, state in zip(plain.blocks, states, strict=True))
+        for layer in plain.blocks:
             layer.seen.zero_()
     return made
 
