@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fla_swap.kernels.common import triton_interpreted
+
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 # Modules whose NUMERICS_CASES are compared. A case is a dict: "op", "reference", "make" (device, dtype, T, H, D, seed →
 # tensor arguments), "kwargs" (static arguments), and optionally "name" and "gates" (arguments with the gate bar).
@@ -153,7 +155,9 @@ def accepts(case: Mapping[str, Any], argument: str) -> bool:
 def _implementations(case: Mapping[str, Any], device: str) -> tuple[str, ...]:
     if not accepts(case, "implementation"):
         return ("only",)
-    return ("triton", "torch") if device.startswith("cuda") else ("torch",)
+    if device.startswith("cuda"):
+        return "triton", "torch"
+    return ("triton", "torch") if triton_interpreted() else ("torch",)
 
 
 def _inputs(case: Mapping[str, Any], shape: Shape, dtype: torch.dtype, settings: Settings) -> dict[str, Tensor]:

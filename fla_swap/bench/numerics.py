@@ -1,6 +1,7 @@
 """Every operator against its float64 reference: outputs, final states and all gradients.
 
     python -m fla_swap.bench.numerics --device cuda --out DIR [--quick]
+    TRITON_INTERPRET=1 python -m fla_swap.bench.numerics --device cpu      # the kernels too, in Triton's interpreter
 
 An error is RMS(reference − result) / RMS(reference); where the reference is exactly zero it is RMS(result). The bars
 stand in `comparison.BARS`. Prints a table, writes `numerics.json` (every comparison) and `numerics.md`; exit status 1
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fla_swap.bench.comparison import BARS, Row, Settings, load_cases, run_case
+from fla_swap.kernels.common import triton_interpreted
 
 
 def run_in_process(name: str, settings: Settings) -> list[Row]:
@@ -178,7 +180,11 @@ def environment(device: str) -> dict[str, str]:
 def write(rows: list[Row], settings: Settings, seconds: float, out: Path) -> None:
     """Write numerics.json and numerics.md into `out`."""
     about = environment(settings.device)
-    about["command"] = f"python -m fla_swap.bench.numerics --device {settings.device}" + (" --quick" * settings.quick)
+    interpreted = "TRITON_INTERPRET=1 " * (settings.device == "cpu" and triton_interpreted())
+    about["command"] = f"{interpreted}python -m fla_swap.bench.numerics --device {settings.device}"
+    about["command"] += " --quick" * settings.quick
+    if settings.dtypes != Settings.dtypes:
+        about["command"] += "".join(f" --dtype {dtype}" for dtype in settings.dtypes)
     about["seconds"] = f"{seconds:.0f}"
     about["comparisons"] = f"{len(rows)}, of which {sum(not row.passed for row in rows)} missed"
     out.mkdir(parents=True, exist_ok=True)
