@@ -258,7 +258,8 @@ def random_numbers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
-    """Eval mode without gradients, and `config.use_cache` set where there is one; all of it is put back afterwards.
+    """Eval mode without gradients, and `config.use_cache` set where there is one (turned off: in the configs of the
+    model's parts too); all of it is put back afterwards.
 
     So are attributes and buffers that a forward pass sets or writes (rotary frequencies that follow the length; of
     buffers with more than 2²⁴ entries only which they are), and the state of the random numbers. PyTorch's own
@@ -266,14 +267,14 @@ def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     modes = {m: m.training for m in model.modules()}
-    config = config_of(model)
-    before = getattr(config, "use_cache", None)
+    found = [config_of(model), *(getattr(m, "config", None) for m in model.modules() if not use_cache)]
+    configs = {id(c): (c, c.use_cache) for c in found if getattr(c, "use_cache", None) is not None}
     states = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
     values = [(b, b._version, b.clone()) for b in model.buffers() if _is_small(b)]
     model.eval()
     try:
-        if before is not None:
-            config.use_cache = use_cache  # type: ignore[union-attr]
+        for config, _ in configs.values():
+            config.use_cache = use_cache
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), random_numbers_kept(model):
             yield
@@ -283,8 +284,8 @@ def undisturbed(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
                 if buffer._version != version:
                     buffer.copy_(value)
         torch.backends.mha.set_fastpath_enabled(fused)
-        if before is not None:
-            config.use_cache = before  # type: ignore[union-attr]
+        for config, before in configs.values():
+            config.use_cache = before
         for module, attributes, buffers in states:
             for name in set(vars(module)) - set(attributes):
                 del vars(module)[name]

@@ -25,6 +25,7 @@ from fla_swap.arguments import undisturbed
 from fla_swap.model_inputs import Inputs
 
 ROUNDS = 6
+CALLS = ("forward", "_call_impl")
 NO_BACKWARD = "does not support backward on CPU"
 
 
@@ -107,7 +108,8 @@ def _culprit(error: Exception, model: nn.Module) -> nn.Module | None:
         trace = chain.__traceback__
         while trace is not None:
             owner = trace.tb_frame.f_locals.get("self")
-            if isinstance(owner, nn.Module) and id(owner) in known:
+            called = trace.tb_frame.f_code.co_name in CALLS
+            if called and isinstance(owner, nn.Module) and id(owner) in known:
                 found = owner
             trace = trace.tb_next
         chain = chain.__cause__ or chain.__context__

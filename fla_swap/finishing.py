@@ -173,8 +173,12 @@ class Finisher:
         try:
             return record_cache(self.model, owners, self.captures.inputs(SHORT[0]))
         except Exception as error:
-            self.notes.append(f"the cache argument could not be observed: {type(error).__name__}: {error}")
+            self.notes.append(f"the cache argument could not be observed: {type(error).__name__}: {_first_line(error)}")
             return {}
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
 
 
 def _implementation(model: nn.Module) -> str:

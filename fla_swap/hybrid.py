@@ -109,6 +109,8 @@ class SwappedAttention(StatefulLayer):
                 check_unmasked(self.site, tokens)
             if self.site.alibi is not None and isinstance(mask, Tensor) and mask.is_floating_point():
                 mask = mask > HIDDEN  # it may hold the ALiBi bias, which the mixer adds itself
+            if isinstance(mask, Tensor) and mask.dim() == 4 and not mask.is_floating_point():
+                mask = mask > 0
             return ~mask if call.hides and isinstance(mask, Tensor) and mask.dtype == torch.bool else mask
         pairs, padding = given(call.pairs), given(call.padding)
         if call.pairs is not None and pairs is None and self.site.mask.kind != "bidirectional":

@@ -16,6 +16,8 @@ from fla_swap.wrappers import receiver
 BATCH = 2
 Inputs = tuple[Args, Kwargs]
 Example = Mapping[str, Any] | Sequence[Any] | Tensor
+NO_DRIVER = "0 active drivers"
+"""What Triton says when a kernel is called without a GPU."""
 KINDS = ("input_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
 
@@ -293,6 +295,12 @@ def own_failure(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     given = [*((f"argument {i}", v) for i, v in enumerate(inputs[0])), *inputs[1].items()]
     passed = ", ".join(f"{name}: {_described(value)}" for name, value in given) or "nothing"
+    if NO_DRIVER in str(error):
+        return (
+            f"{type(model).__name__}'s own forward calls Triton kernels of an installed package, and they find no GPU: "
+            f"{type(error).__name__}: {lines[0]}. Inspect it on a GPU, or where that package is not installed: the "
+            "model's code then takes its own PyTorch path"
+        )
     return (
         f"{type(model).__name__}'s own forward fails, before anything is captured: {type(error).__name__}: "
         f"{lines[0] if lines else 'without a message'}. It was given {passed}. Pass example_inputs with which it runs"

@@ -190,10 +190,10 @@ def _binary(writer: _Writer, spec: _Spec, left: fx.Node, right: fx.Node) -> fx.N
 
 
 def _sizes(spec: _Spec, left: fx.Node, right: fx.Node) -> dict[str, int] | None:
-    """The size of each letter; None where one is broadcast."""
+    """The size of each letter; None where one is broadcast, or depends on the data."""
     sizes: dict[str, int] = {}
     for letters, node in zip(spec.inputs, (left, right), strict=True):
         for letter, size in zip(letters, node.meta["val"].shape, strict=True):
-            if sizes.setdefault(letter, size) != size:
+            if not isinstance(size, int) or sizes.setdefault(letter, size) != size:
                 return None
     return sizes

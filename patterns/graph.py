@@ -142,6 +142,10 @@ class CapturedGraph:
         """The distinct inputs of `node` that carry data."""
         return [n for n in read_inputs(node) if n in self._open]
 
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """The operations that write data into a buffer or into views of it."""
+        return [m for m in self._mutators if m is not node and self.is_open(m) and alias_root(m) is node]
+
     def order(self, node: fx.Node) -> int:
         return self._order[node]
 

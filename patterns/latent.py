@@ -10,7 +10,7 @@ from torch import fx
 
 from fla_swap.patterns.adapters import match_linear
 from fla_swap.patterns.base import Found
-from fla_swap.patterns.graph import CAST, CONTRACTION, DROPOUT, LAYOUT, CapturedGraph, alias_root, modules_of, shape
+from fla_swap.patterns.graph import CAST, CONTRACTION, DROPOUT, LAYOUT, CapturedGraph, modules_of, shape
 from fla_swap.patterns.norm import QKNorm
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.scores import split_factor
@@ -77,7 +77,7 @@ def _projections(start: fx.Node, owner: str, graph: CapturedGraph) -> list[Linea
                 found.append(result.facts["projection"])
                 continue
         stack.extend(graph.open_inputs(node))
-        stack.extend(m for m in graph._mutators if m is not node and alias_root(m) is node)
+        stack.extend(graph.writers(node))
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
 
-from fla_swap.patterns.graph import CONTRACTION, CapturedGraph, _ops, shape
+from fla_swap.patterns.graph import CONTRACTION, CapturedGraph, _is_mutable, _ops, alias_root, shape
 from fla_swap.patterns.steps import MUL
 
 PRODUCT = _ops("matmul", "bmm", "mm", "einsum")
@@ -25,12 +25,12 @@ def before_product(node: fx.Node, graph: CapturedGraph) -> bool:
 
     A map of the scores' heads, [..., T, S, heads], is passed over: its input still counts queries and keys.
     """
-    return _search(node, graph, graph.open_inputs)
+    return _search(node, graph, _before(graph))
 
 
 def after_product(node: fx.Node, graph: CapturedGraph) -> bool:
     """Whether `node` goes into a product of two open tensors, no linear map of hidden states between."""
-    return _search(node, graph, lambda n: list(n.users))
+    return _search(node, graph, _after(graph))
 
 
 def is_product(node: fx.Node, graph: CapturedGraph) -> bool:
@@ -50,12 +50,12 @@ def is_map(node: fx.Node, graph: CapturedGraph) -> bool:
 
 def made_of_map(node: fx.Node, graph: CapturedGraph) -> bool:
     """Whether a contraction with stored numbers is the nearest one before `node`."""
-    return _search(node, graph, graph.open_inputs, wanted=is_map)
+    return _search(node, graph, _before(graph), wanted=is_map)
 
 
 def products_before(node: fx.Node, graph: CapturedGraph, ends: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """The nearest products of two open tensors on every way back from `node`; a way ends where `ends` holds as well."""
-    return list(_reached(node, graph, graph.open_inputs, is_product, ends))
+    return list(_reached(node, graph, _before(graph), is_product, ends))
 
 
 def sums_values(node: fx.Node, graph: CapturedGraph, ends: Callable[[fx.Node], bool]) -> bool:
@@ -64,7 +64,22 @@ def sums_values(node: fx.Node, graph: CapturedGraph, ends: Callable[[fx.Node], b
     def wanted(walk: fx.Node, graph: CapturedGraph) -> bool:
         return is_product(walk, graph) and not _pairs(shape(walk), graph.length)
 
-    return next(_reached(node, graph, lambda n: list(n.users), wanted, ends), None) is not None
+    return next(_reached(node, graph, _after(graph), wanted, ends), None) is not None
+
+
+def _before(graph: CapturedGraph) -> Callable[[fx.Node], list[fx.Node]]:
+    """What a node is made of; a buffer that is filled piece by piece is made of the pieces."""
+    return lambda node: [*graph.open_inputs(node), *graph.writers(node)]
+
+
+def _after(graph: CapturedGraph) -> Callable[[fx.Node], list[fx.Node]]:
+    """What reads a node, or the buffer that it is written into."""
+
+    def following(node: fx.Node) -> list[fx.Node]:
+        roots = [alias_root(user) for user in node.users if user.op == "call_function" and _is_mutable(user)]
+        return [*node.users, *(user for root in roots if root is not node for user in root.users)]
+
+    return following
 
 
 def _search(

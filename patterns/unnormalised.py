@@ -60,7 +60,9 @@ def _acts_on_each(node: fx.Node, graph: CapturedGraph) -> bool:
 def _may_be_scores(node: fx.Node, graph: CapturedGraph) -> bool:
     """Whether two of its dimensions count tokens: the last two are equal, or two are lengths of the model's inputs."""
     dims, lengths = tuple(shape(node) or ()), _lengths(graph)
-    return dims[-1:] == dims[-2:-1] or sum(d in lengths for d in dims) > 1
+    known = [isinstance(d, int) for d in dims]  # a size that depends on the data counts no tokens
+    square = all(known[-2:]) and dims[-1:] == dims[-2:-1]
+    return square or sum(k and d in lengths for k, d in zip(known, dims, strict=True)) > 1
 
 
 def _lengths(graph: CapturedGraph) -> set[int]:
@@ -74,5 +76,7 @@ def _is_softmax(node: fx.Node, graph: CapturedGraph) -> bool:
     return node.target in SDPA or "softmax" in op_name(node) or find_softmax(node, graph) is not None
 
 
-def _size(node: fx.Node) -> int:
-    return prod(shape(node) or (0,))
+def _size(node: fx.Node) -> tuple[int, tuple[str, ...]]:
+    """How many entries: the known sizes multiplied, and the names of those that depend on the data."""
+    dims = shape(node) or (0,)
+    return prod(d for d in dims if isinstance(d, int)), tuple(sorted(str(d) for d in dims if not isinstance(d, int)))

@@ -74,6 +74,42 @@ def test_train_flags_come_back_even_when_export_fails() -> None:
     assert model.training
 
 
+class Router(nn.Module):
+    """Moves its own weights while it runs, which torch.export cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.classifier = self.classifier.to(torch.float32)
+        return self.classifier(x).softmax(-1)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.router = nn.Linear(4, 4), Router()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.router(x)[..., :1]
+
+
+def test_the_module_whose_forward_fails_is_not_looked_into_and_no_other() -> None:
+    graph = capture(Routed(), ((torch.randn(2, 5, 4),), {}), length=5)
+    assert graph.opaque == ("router",)
+    assert [n for n in graph.nodes if "linear" in str(n.target)]
+
+
+def test_kernels_of_a_package_without_a_gpu_are_named() -> None:
+    class Kernels(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    with pytest.raises(CaptureError, match=r"own forward calls Triton kernels of an installed.*no GPU"):
+        capture(Kernels(), ((torch.randn(2, 5, 4),), {}), length=5)
+
+
 def test_default_inputs_are_padded_on_the_left() -> None:
     _, kwargs = default_inputs(tiny("llama"), 7, padded=3)
     assert kwargs["attention_mask"].tolist() == [[1] * 7, [0, 0, 0, 1, 1, 1, 1]]

@@ -231,3 +231,25 @@ def test_a_mask_that_the_owner_cuts_to_size_is_no_mask_of_the_contract(kind: tor
     (near,) = fs.inspect(Wide(Cutting("all")).eval(), (ids(),), strict=False).near_misses
     assert near.slot == "call"
     assert re.search(r"argument number 1 \(1, 1, 2048, 2048\) is a mask for more than \d+ queries", near.reason)
+
+
+class Counting(Masking):
+    """Its mask is a table of ones and zeros, as whole numbers."""
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.int64).tril()
+        return Holder.forward(self, ids, seen.expand(len(ids), 1, -1, -1))
+
+
+class Filling(Owner):
+    def used(self, mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else mask == 1
+
+
+@torch.no_grad()
+def test_a_mask_of_whole_numbers_over_pairs_is_one_of_truth_values() -> None:
+    torch.manual_seed(0)
+    model = Counting(Filling("fails"))
+    new, site = swapped(model, {"ids": ids(13)})
+    assert site.call.mask is not None and site.mask == Mask(kind="causal")
+    assert apart(model(ids()), new(ids())) < 1e-5

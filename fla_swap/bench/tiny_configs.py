@@ -132,7 +132,7 @@ OWN: dict[str, dict[str, Any]] = {
         "num_self_attention_heads": 4,
         "num_cross_attention_heads": 4,
     },
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
     "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 127},
     "siglip_text_model": {"projection_size": 64},
     "siglip_vision_model": {"image_size": 32, "patch_size": 16},
@@ -147,7 +147,8 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba": {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 6,
+        "n_mamba_heads": 2,
         "attn_layer_period": 3,
         "attn_layer_offset": 2,
         "layers_block_type": None,

@@ -99,6 +99,45 @@ class Summed(Block):
         return self.o((scores.softmax(-1)[..., None] * self.v(x)[:, None]).sum(2))
 
 
+class Banded(Block):
+    """Scores of blocks of tokens are written into a table that was made before, as block-wise attention does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = x.new_full((len(x), x.shape[1], x.shape[1]), -1e9)
+        for start in range(0, x.shape[1], 4):
+            block = x[:, start : start + 4]
+            table[:, start : start + 4, start : start + 4] = self.q(block) @ self.k(block).mT
+        return self.o(table.softmax(-1) @ self.v(x))
+
+
+class Chosen(nn.Module):
+    """Experts on the tokens that chose them: how many these are depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.router, self.expert = nn.Linear(D, EXPERTS), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.block(x).flatten(0, 1)
+        weights = self.router(flat).softmax(-1)
+        own = torch.nonzero(weights.argmax(-1) == 0)[:, 0]
+        mixed = torch.zeros_like(flat).index_add(0, own, self.expert(flat[own]).sigmoid() * weights[own, :1])
+        return (flat + mixed).view_as(x)
+
+
+def test_scores_that_are_written_into_a_table_are_a_near_miss() -> None:
+    report = report_of(Banded())
+    (miss,) = report.near_misses
+    assert not report.sites and not report.unclaimed and miss.slot == "scores"
+    assert "between the softmax and q kᵀ" in miss.reason and "test_between_products.py:" in miss.source
+
+
+def test_activations_of_a_size_that_depends_on_the_data_are_no_attention() -> None:
+    report = report_of(Chosen())
+    assert [s.fqn for s in report.sites] == ["block"] and not report.near_misses and len(report.unclaimed) == 1
+
+
 def test_a_softmax_without_a_product_of_data_before_it_or_after_it_is_unclaimed() -> None:
     for module in (Routed(), Pooled(), Vocabulary(), Compared()):
         report = report_of(module)
