@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from models import tiny
@@ -13,7 +15,7 @@ from fla_swap.model_inputs import default_inputs, inputs_of_length
 
 
 def test_regions_without_gradients_are_part_of_the_graph() -> None:
-    model = tiny("llama")
+    model: Any = tiny("llama")
     graph = capture(model, default_inputs(model, 13), length=13)
     assert not [n for n in graph.nodes if "wrap_with" in str(n.target)]
     cosine = next(n for n in graph.nodes if str(n.target) == "aten.cos.default")
@@ -23,7 +25,7 @@ def test_regions_without_gradients_are_part_of_the_graph() -> None:
 
 
 def test_placeholders_map_to_parameters_and_values() -> None:
-    model = tiny("llama")
+    model: Any = tiny("llama")
     graph = capture(model, default_inputs(model, 13), length=13)
     assert set(graph.weights.values()) >= {n for n, _ in model.named_parameters()}
     assert graph.data == {"input_ids"} and graph.values["attention_mask"].shape == (2, 13)
@@ -39,7 +41,7 @@ def test_in_place_writes_are_seen_by_later_readers() -> None:
             return x * table
 
     graph = capture(InPlace(), ((torch.randn(2, 5),), {}), length=5)
-    product = next(n for n in graph.nodes if "mul" in str(n.target))
+    product: Any = next(n for n in graph.nodes if "mul" in str(n.target))
     assert graph.evaluate(product.args[1]).tolist() == [0, 0, 7, 7, 7]
 
 

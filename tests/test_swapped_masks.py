@@ -127,7 +127,7 @@ def test_a_mistral_is_called_without_a_mask_as_transformers_does_it() -> None:
         num_key_value_heads=2,
         sliding_window=8,
     )
-    model = transformers.MistralForCausalLM(config).eval()
+    model: Any = transformers.MistralForCausalLM(config).eval()
     after, site = swapped(model)
     assert site.mask.window == 8 and site.call.unmasked == "causal"
     for length in (5, 20):
