@@ -37,6 +37,9 @@ def numerics_command(
 @bench.command("mixers")
 def mixers_command(
     out: Annotated[Path | None, typer.Option(help="File for the table, such as results/mixers.md.")] = None,
+    table: Annotated[
+        str, typer.Option(help="mixers, or generation: every search with a state and without.")
+    ] = "mixers",
     mixer: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     check: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     backend: Annotated[str, typer.Option(help="Of torch.compile: aot_eager, inductor.")] = "aot_eager",
@@ -44,6 +47,6 @@ def mixers_command(
     """Every mixer by every check: operator, layer, packing, swap, model, generation, compilation, training."""
     from fla_swap.bench import mixers
 
-    arguments = [f"--backend={backend}"] + [f"--out={out}"] * bool(out)
+    arguments = [f"--table={table}", f"--backend={backend}"] + [f"--out={out}"] * bool(out)
     arguments += [f"--mixer={name}" for name in mixer or ()] + [f"--check={name}" for name in check or ()]
     sys.exit(mixers.main(arguments))

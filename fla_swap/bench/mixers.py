@@ -1,9 +1,11 @@
 """Every mixer by every check: operator, layer, packing, gradients, swap, model, generation, compilation, training.
 
     python -m fla_swap.bench.mixers [--out results/mixers.md] [--mixer NAME …] [--backend aot_eager] [--cells FILE.json]
+    python -m fla_swap.bench.mixers --table generation --out results/generation-equality.md
 
-Prints the table and writes it. Exit status 1 when a cell failed. The checks are those of `mixer_checks`, which the
-tests run too. `--cells` keeps every cell on disk as it comes: a later run replaces its own and shows all.
+Prints the table and writes it. Exit status 1 when a cell failed. The checks are those of `mixer_checks` and
+`generation_checks`, which the tests run too. `--cells` keeps every cell on disk as it comes: a later run replaces its
+own and shows all.
 """
 
 from __future__ import annotations
@@ -25,8 +27,15 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from fla_swap.bench import generation_checks
 from fla_swap.bench.mixer_checks import CHECKS, Kind, NotApplicable, compiled, compiled_model
 from fla_swap.mixers import MIXERS, mixer_class
+
+TABLES: dict[str, tuple[str, dict[str, Callable[[Kind], str]]]] = {
+    "mixers": ("Mixers", CHECKS),
+    "generation": ("Generation with a state equals generation without", generation_checks.CHECKS),
+}
+"""Name → title and checks of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +69,13 @@ def read_cells(path: Path) -> dict[tuple[str, str], Cell]:
     return {(cell.mixer, cell.check): cell for cell in cells}
 
 
-def markdown(cells: Sequence[Cell], command: str) -> str:
+def markdown(cells: Sequence[Cell], command: str, table: str = "mixers") -> str:
     """The table: a row for each mixer, a column for each check; failures spelled out below."""
+    title, known = TABLES[table]
     names = list(dict.fromkeys(cell.check for cell in cells))
     passed, failed = (sum(cell.passed is wanted for cell in cells) for wanted in (True, False))
     lines = [
-        "# Mixers",
+        f"# {title}",
         "",
         f"- machine: {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, "
         f"{torch.get_num_threads()} threads, no GPU",
@@ -82,7 +92,7 @@ def markdown(cells: Sequence[Cell], command: str) -> str:
         texts = [_text(row[name]) if name in row else "" for name in names]
         lines.append(f"| {mixer} | " + " | ".join(texts) + f" | {sum(c.seconds for c in row.values()):.1f} |")
     lines += ["", "What a column holds (the last one: seconds on the clock, whatever else ran):", ""]
-    lines += [f"- {name}: {' '.join((CHECKS[name].__doc__ or '').split())}" for name in names]
+    lines += [f"- {name}: {' '.join((known[name].__doc__ or '').split())}" for name in names]
     bad = [f"- {cell.mixer}, {cell.check}: {cell.note}" for cell in cells if cell.passed is False]
     lines += ["", "Failed:", "", *bad] if bad else []
     reasons = sorted({cell.note for cell in cells if cell.passed is None})
@@ -100,7 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fla_swap.bench.mixers", description="Every mixer by every check.")
     parser.add_argument("--out", type=Path, help="file for the table, such as results/mixers.md")
     parser.add_argument("--mixer", action="append", help="only this one; may be repeated")
-    parser.add_argument("--check", action="append", choices=CHECKS, help="only this one; may be repeated")
+    parser.add_argument("--table", choices=TABLES, default="mixers", help="which checks")
+    parser.add_argument("--check", action="append", help="only this one; may be repeated")
     parser.add_argument("--cells", type=Path, help="JSON file of cells; those of earlier runs stay")
     parser.add_argument("--backend", default="aot_eager", help="of torch.compile: aot_eager, inductor")
     options = parser.parse_args(arguments)
@@ -108,7 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     console = Console()
     kinds = MIXERS if options.mixer is None else tuple(mixer_class(name) for name in options.mixer)
-    checks = {name: check for name, check in CHECKS.items() if options.check is None or name in options.check}
+    known = TABLES[options.table][1]
+    unknown = sorted(set(options.check or ()) - set(known))
+    if unknown:
+        parser.error(f"no check {', '.join(unknown)} in {options.table}: {', '.join(known)}")
+    checks = {name: check for name, check in known.items() if options.check is None or name in options.check}
     for name, check in (("compile: layer", compiled), ("compile: model", compiled_model)):
         if name in checks:
             checks[name] = partial(check, backend=options.backend)
@@ -122,10 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(
                 f"{kind.name:16} {name:20} {word:7}{cell.seconds:6.1f} s  {cell.note}", markup=False, soft_wrap=True
             )
-    order = [(kind.name, name) for kind in MIXERS for name in CHECKS]
+    order = [(kind.name, name) for kind in MIXERS for name in known]
     cells = [found[key] for key in order if key in found]
     command = " ".join(["python -m fla_swap.bench.mixers", *(arguments if arguments is not None else sys.argv[1:])])
-    text = markdown(cells, command)
+    text = markdown(cells, command, options.table)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text, encoding="utf-8")
