@@ -21,7 +21,7 @@ import fla_swap as fs
 from fla_swap.bench.layer_checks import Kind, NotApplicable
 from fla_swap.bench.model_checks import model_of, prompt, softmax_model
 from fla_swap.cache import StateLayer
-from fla_swap.mixers import Softmax
+from fla_swap.mixers import Softmax, mixer_class
 from fla_swap.mixers.base import is_quantised
 
 NEW = 10
@@ -31,8 +31,12 @@ STACKS: dict[str, dict[str, Any]] = {"all": {}, "mixed": {"attn": {"layers": [1]
 
 
 @functools.lru_cache(maxsize=2 * len(STACKS))
+def _model(name: str, stack: str) -> Any:
+    return model_of(mixer_class(name), **STACKS[stack])
+
+
 def model_in(kind: Kind, stack: str) -> Any:
-    return model_of(kind, **STACKS[stack])
+    return _model(kind.name, stack)
 
 
 def models(kind: Kind) -> Iterator[Any]:
