@@ -111,7 +111,7 @@ def lookup(kind: Kind) -> str:
     """Prompt lookup: guesses from the prompt, and the state rolled back behind the wrong ones."""
     for model in models(kind):
         ids = prompt()[1:]
-        options = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+        options: dict[str, Any] = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
         assert torch.equal(tokens_of(model, ids, **options), tokens_of(model, ids, use_cache=False))
     return "ok"
 
@@ -193,7 +193,10 @@ def formats() -> dict[str, Any]:
     """torchao's weight-only formats by name."""
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis
 
-    int4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0))
+    int4 = IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, "int4"),  # noqa: B009 - made by torch at run time
+        granularity=PerAxis(0),
+    )
     return {"int8": Int8WeightOnlyConfig(), "fp8": Float8WeightOnlyConfig(), "int4": int4}
 
 
