@@ -8,6 +8,7 @@ width, N sequences (B, or the number of packed ones).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -69,7 +70,8 @@ def gla(
     heads = v.shape[2]
     q, k = expand_heads(q, heads), expand_heads(k, heads)
     g = None if g is None else expand_heads(g, heads)
-    o, final_state = gla_fwd(q, k, v, g, gv, None, initial_state, cu_seqlens, scale, output_final_state, chosen)
+    tensors = (q, k, v, g, gv, None, initial_state)
+    o, final_state, *_ = gla_fwd(*tensors, cu_seqlens, scale, output_final_state, wants_gradient(*tensors), chosen)
     return o, final_state if output_final_state else None
 
 
@@ -115,9 +117,23 @@ def _implementation(name: str) -> ModuleType:
     return torch_impl
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will call the backward."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return sequences, v.shape[2], q.shape[3], v.shape[3]
+
+
+Maybe6 = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _given(like: Tensor, kept: Maybe6) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Custom ops return tensors only: empty ones where there is nothing."""
+    a, b, c, d, e, f = (like.new_empty(0) if x is None else x for x in kept)
+    return a, b, c, d, e, f
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:
@@ -136,13 +152,24 @@ def gla_fwd(
     cu_seqlens: Tensor | None,
     scale: float,
     output_final_state: bool,
+    save: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor]:
-    """The operator behind `gla` and, with u, `rwkv6` (equal head counts); the final state is empty unless asked for."""
-    module = _implementation(implementation)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator behind `gla` and, with u, `rwkv6` (equal head counts).
+
+    Returns (o, final state, and with `save` what backward would compute again: `triton_impl.Kept`); what was not asked
+    for is empty.
+    """
+    inputs = (q, k, v, g, gv, u, initial_state, cu_seqlens, scale)
+    kept: Maybe6 = (None,) * 6
     with torch.autocast(q.device.type, enabled=False):
-        o, final_state = module.forward(q, k, v, g, gv, u, initial_state, cu_seqlens, scale)
-    return o, final_state if output_final_state else final_state.new_empty(0)
+        if implementation == "triton":
+            from fla_swap.kernels.decay import triton_impl
+
+            o, final_state, kept = triton_impl.forward(*inputs, save=save)
+        else:
+            o, final_state = _implementation(implementation).forward(*inputs)
+    return o, final_state if output_final_state else final_state.new_empty(0), *_given(q, kept)
 
 
 @gla_fwd.register_fake
@@ -157,10 +184,16 @@ def _gla_fwd_fake(
     cu_seqlens: Tensor | None,
     scale: float,
     output_final_state: bool,
+    save: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = _state_shape(q, v, cu_seqlens) if output_final_state else (0,)
-    return v.new_empty(v.shape, dtype=q.dtype), q.new_empty(shape, dtype=_state_dtype(q))
+    kept: Maybe6 = (None,) * 6
+    if save and implementation == "triton":
+        from fla_swap.kernels.decay import triton_impl
+
+        kept = triton_impl.empty_kept(q, v, g, gv, u, cu_seqlens)
+    return v.new_empty(v.shape, dtype=q.dtype), q.new_empty(shape, dtype=_state_dtype(q)), *_given(q, kept)
 
 
 @torch.library.custom_op("fla_swap::gla_bwd", mutates_args=())
@@ -173,17 +206,26 @@ def gla_bwd(
     u: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    kept: Sequence[Tensor],
     out_grad: Tensor,
     final_grad: Tensor | None,
     scale: float,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `gla_fwd` with respect to q, k, v, g, gv, u and the initial state (empty where one is None)."""
-    module = _implementation(implementation)
+    """Gradients of `gla_fwd` with respect to q, k, v, g, gv, u and the initial state (empty where one is None).
+
+    `kept`: what `gla_fwd` returned beyond o and the final state.
+    """
+    inputs = (q, k, v, g, gv, u, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, dg, dgv, du, dstate = module.backward(
-            q, k, v, g, gv, u, initial_state, cu_seqlens, out_grad, final_grad, scale
-        )
+        if implementation == "triton":
+            from fla_swap.kernels.decay import triton_impl
+
+            given = triton_impl.Kept(*(x if x.numel() else None for x in kept))
+            grads = triton_impl.backward(*inputs, out_grad, final_grad, scale, kept=given)
+        else:
+            grads = _implementation(implementation).backward(*inputs, out_grad, final_grad, scale)
+    dq, dk, dv, dg, dgv, du, dstate = grads
     empty = q.new_empty(0)
     return (
         dq,
@@ -206,6 +248,7 @@ def _gla_bwd_fake(
     u: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    kept: Sequence[Tensor],
     out_grad: Tensor,
     final_grad: Tensor | None,
     scale: float,
@@ -218,21 +261,20 @@ def _gla_bwd_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, scale, output_final_state, implementation = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, scale, output_final_state, _, implementation = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.scale, ctx.output_final_state, ctx.implementation = scale, output_final_state, implementation
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, out_grad: Tensor | None, final_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, gv, u, initial_state, cu_seqlens = ctx.saved_tensors
+def _autograd(ctx: Any, out_grad: Tensor | None, final_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, gv, u, initial_state, cu_seqlens, *kept = ctx.saved_tensors
     if out_grad is None:
         out_grad = v.new_zeros(v.shape)
     if not ctx.output_final_state:
         final_grad = None
-    dq, dk, dv, dg, dgv, du, dstate = gla_bwd(
-        q, k, v, g, gv, u, initial_state, cu_seqlens, out_grad, final_grad, ctx.scale, ctx.implementation
-    )
+    inputs = (q, k, v, g, gv, u, initial_state, cu_seqlens)
+    dq, dk, dv, dg, dgv, du, dstate = gla_bwd(*inputs, kept, out_grad, final_grad, ctx.scale, ctx.implementation)
     return (
         dq,
         dk,
@@ -241,7 +283,7 @@ def _autograd(ctx: Any, out_grad: Tensor | None, final_grad: Tensor | None) -> t
         None if gv is None else dgv,
         None if u is None else du,
         None if initial_state is None else dstate,
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 

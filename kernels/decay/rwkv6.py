@@ -12,7 +12,7 @@ from torch import Tensor
 from fla_swap.errors import KernelError
 from fla_swap.kernels.common import check_shape, choose_implementation
 from fla_swap.kernels.decay.checks import check_arguments, check_triton, expand_heads
-from fla_swap.kernels.decay.ops import gla_fwd, gla_step_op
+from fla_swap.kernels.decay.ops import gla_fwd, gla_step_op, wants_gradient
 from fla_swap.kernels.decay.reference import rwkv6_reference
 
 
@@ -66,7 +66,8 @@ def rwkv6(
     heads = v.shape[2]
     q, k, g = (expand_heads(x, heads) for x in (q, k, g))
     u = u.repeat_interleave(heads // u.shape[0], 0)
-    o, final_state = gla_fwd(q, k, v, g, None, u, initial_state, cu_seqlens, scale, output_final_state, chosen)
+    tensors = (q, k, v, g, None, u, initial_state)
+    o, final_state, *_ = gla_fwd(*tensors, cu_seqlens, scale, output_final_state, wants_gradient(*tensors), chosen)
     return o, final_state if output_final_state else None
 
 

@@ -30,9 +30,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `simple_triton.forward`."""
     q, k, wide = _wide(q, k, v, g)
-    return triton_impl.forward(
+    o, final_state, _ = triton_impl.forward(
         q, k, v, g=wide, gv=None, u=None, initial_state=initial_state, cu_seqlens=cu_seqlens, scale=scale
     )
+    return o, final_state
 
 
 def backward(

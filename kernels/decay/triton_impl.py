@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from fla_swap.kernels.common import chunk_bound
 from fla_swap.kernels.decay.triton_carry import carry_kernel, step_kernel
-from fla_swap.kernels.decay.triton_plan import BLOCK, CHUNK, Problem, blocks, make_problem
+from fla_swap.kernels.decay.triton_plan import BLOCK, CHUNK, GROUP, Problem, blocks, make_problem, narrow_dtype
 from fla_swap.kernels.decay.triton_prepare import pairs_kernel, prepare_kernel
 from fla_swap.kernels.decay.triton_side import side_kernel
 from fla_swap.kernels.decay.triton_stream import stream_kernel
@@ -94,10 +95,10 @@ def _prepare(p: Problem, z: Tensor | None, y: Tensor, g: Tensor, u: Tensor | Non
     width, count = y.shape[3], blocks(y.shape[3])
     readers, writers = (None if x is None else torch.empty_like(x, dtype=p.narrow) for x in (z, y))
     assert writers is not None
-    shifts = y.new_empty((p.slots, p.heads, 3, width), dtype=torch.float32)
-    slow = y.new_empty((p.slots, p.heads, count), dtype=torch.int32)
+    shifts = y.new_empty(p.slots * p.heads * 3 * width, dtype=torch.float32)
+    slow = y.new_empty(p.slots * p.heads * count, dtype=torch.int32)
     tokens = y.shape[0] * y.shape[1]
-    own = None if u is None else y.new_empty((count, tokens, p.heads), dtype=torch.float32)
+    own = None if u is None else y.new_empty((count, tokens * p.heads), dtype=torch.float32)
     place = {"places": p.places, "CHUNKS": p.chunks, "D": width, "BLOCKS": count, "BEFORE": u is not None}
     p.run(
         prepare_kernel,
@@ -115,13 +116,84 @@ def _prepare(p: Problem, z: Tensor | None, y: Tensor, g: Tensor, u: Tensor | Non
         LIMIT=p.limit,
         **place,
     )
-    pairs = None
-    if z is not None:
-        pairs = y.new_empty((p.slots, p.heads, CHUNK, CHUNK), dtype=p.narrow)
-        p.run(pairs_kernel, p.slots * p.heads, z=z, y=y, g=g, slow=slow, pairs=pairs, LEVELS=LEVELS, **place)
     if own is not None:
-        own = own[0] if count == 1 else own.sum(0)
+        own = own.flatten() if count == 1 else own.sum(0)
+    pairs = None if z is None else _pairs(p, z, y, g, slow, before=u is not None)
     return Side(gates=g, readers=readers, writers=writers, shifts=shifts, slow=slow, own=own, pairs=pairs)
+
+
+def _pairs(p: Problem, z: Tensor, y: Tensor, g: Tensor, slow: Tensor, *, before: bool) -> Tensor:
+    """The weights between the rows of a chunk, where it forgets too much; nothing elsewhere."""
+    pairs = y.new_empty((p.slots, p.heads, CHUNK, CHUNK), dtype=p.narrow)
+    p.run(
+        pairs_kernel,
+        -(-p.slots * p.heads // GROUP),
+        z=z,
+        y=y,
+        g=g,
+        slow=slow,
+        pairs=pairs,
+        places=p.places,
+        CHUNKS=p.chunks,
+        COUNT=p.slots * p.heads,
+        D=y.shape[3],
+        BLOCKS=blocks(y.shape[3]),
+        LEVELS=LEVELS,
+        BEFORE=before,
+    )
+    return pairs
+
+
+class Kept(NamedTuple):
+    """What forward can hand to backward: scaled rows and the state before every chunk. Flat, for any number of chunks.
+
+    Rows and what goes with them as in `Side`, or None without key gates; all None: backward computes them again.
+    """
+
+    readers: Tensor | None = None
+    writers: Tensor | None = None
+    shifts: Tensor | None = None
+    slow: Tensor | None = None
+    own: Tensor | None = None
+    starts: Tensor | None = None
+
+
+def empty_kept(
+    q: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, u: Tensor | None, cu_seqlens: Tensor | None
+) -> Kept:
+    """Tensors shaped as `forward` with `save` returns them."""
+    if gv is not None:
+        return Kept()
+    (batch, time, heads, width), value_width = q.shape, v.shape[3]
+    narrow = narrow_dtype(q.dtype)
+    slots = batch * -(-time // CHUNK) if cu_seqlens is None else chunk_bound(time, CHUNK, cu_seqlens.shape[0] - 1)
+    starts = q.new_empty(slots * heads * width * value_width, dtype=narrow)
+    if g is None:
+        return Kept(starts=starts)
+    return Kept(
+        readers=torch.empty(q.shape, dtype=narrow, device=q.device),
+        writers=torch.empty(q.shape, dtype=narrow, device=q.device),
+        shifts=q.new_empty(slots * heads * 3 * width, dtype=torch.float32),
+        slow=q.new_empty(slots * heads * blocks(width), dtype=torch.int32),
+        own=None if u is None else q.new_empty(batch * time * heads, dtype=torch.float32),
+        starts=starts,
+    )
+
+
+def _kept_side(p: Problem, kept: Kept, q: Tensor, k: Tensor, g: Tensor, u: Tensor | None) -> Side:
+    """The key side as forward left it, or anew."""
+    if kept.readers is None or kept.writers is None or kept.shifts is None or kept.slow is None:
+        return _prepare(p, q, k, g, u)
+    pairs = _pairs(p, q, k, g, kept.slow, before=u is not None)
+    return Side(
+        gates=g,
+        readers=kept.readers,
+        writers=kept.writers,
+        shifts=kept.shifts,
+        slow=kept.slow,
+        own=kept.own,
+        pairs=pairs,
+    )
 
 
 def _passed(p: Problem, x: Tensor, y: Tensor, *, flipped: bool) -> dict[str, Any]:
@@ -238,9 +310,11 @@ def _side(
     for slow in (False, True):
         if slow and side is None:
             continue
+        programs = p.slots * p.heads * blocks(y.shape[3])
         p.run(
             side_kernel,
-            p.slots * p.heads * blocks(y.shape[3]),
+            -(-programs // GROUP) if slow else programs,
+            COUNT=programs,
             a=a,
             b=b,
             y=y,
@@ -288,8 +362,9 @@ def forward(
     scale: float,
     launch: Launch = launch_now,
     large: bool | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Output [B,T,H,V] in q's dtype and final state [N,H,K,V] in fp32."""
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Kept]:
+    """Output [B,T,H,V] in q's dtype, final state [N,H,K,V] in fp32, and with `save` what helps backward."""
     q, k, v, g, gv, u, initial_state, cu_seqlens = _contiguous(q, k, v, g, gv, u, initial_state, cu_seqlens)
     p = make_problem(q, v, cu_seqlens, launch, large)
     start, final = initial_state, None
@@ -301,11 +376,16 @@ def forward(
     if keys is not None:
         assert keys.readers is not None
         q, k = keys.readers, keys.writers
-    if gv is None:
-        o = _stream(p, q, k, v, keys, start, scale, final=final)
-        assert o is not None
-        return o, last
-    return _value(p, q, k, v, (keys, _prepare(p, None, v, gv)), start, scale, final), last
+    if gv is not None:
+        return _value(p, q, k, v, (keys, _prepare(p, None, v, gv)), start, scale, final), last, Kept()
+    starts = p.states(p.slots, p.narrow) if save else None
+    o = _stream(p, q, k, v, keys, start, scale, stored=starts, final=final)
+    assert o is not None
+    if starts is None:
+        return o, last, Kept()
+    if keys is None:
+        return o, last, Kept(starts=starts.flatten())
+    return o, last, Kept(keys.readers, keys.writers, keys.shifts, keys.slow, keys.own, starts.flatten())
 
 
 def backward(
@@ -322,12 +402,13 @@ def backward(
     scale: float,
     launch: Launch = launch_now,
     large: bool | None = None,
+    kept: Kept = Kept(),  # noqa: B008 (immutable)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Gradients of q, k, v, g, gv, u and the initial state; those of absent gates and bonus are None."""
     q, k, v, g, gv, u, initial_state, cu_seqlens = _contiguous(q, k, v, g, gv, u, initial_state, cu_seqlens)
     do, final_grad = _contiguous(out_grad.to(q.dtype), final_grad)
     p = make_problem(q, v, cu_seqlens, launch, large)
-    keys = None if g is None else _prepare(p, q, k, g, u)
+    keys = None if g is None else _kept_side(p, kept, q, k, g, u)
     values = None if gv is None else _prepare(p, do, v, gv)
     qs, ks = (q, k) if keys is None else (keys.readers, keys.writers)
     os, vs = (do, v) if values is None else (values.readers, values.writers)
@@ -343,20 +424,23 @@ def backward(
     if p.single:
         first_grad = initial_grad = p.states(p.sequences)
     else:
-        start, _ = _carry(p, k, v, (g, gv), initial_state, 1.0, every=p.segment)
+        if kept.starts is None:
+            start, _ = _carry(p, k, v, (g, gv), initial_state, 1.0, every=p.segment)
         end, initial_grad = _carry(
             p, q, do, (g, gv), final_grad, scale, every=p.segment, reverse=True, before=u is not None
         )
-    starts, ends = p.states(p.slots, p.narrow), p.states(p.slots, p.narrow)
-    kept = {"reverse": True, "stored": ends, "final": first_grad}
+    starts = p.states(p.slots, p.narrow) if kept.starts is None else kept.starts
+    ends = p.states(p.slots, p.narrow)
+    onward = {"reverse": True, "stored": ends, "final": first_grad}
     if values is None:
-        _stream(p, None, ks, v, keys, start, scale, stored=starts)
-        dv = _stream(p, ks, qs, do, keys, end, scale, **kept)
+        if kept.starts is None:
+            _stream(p, None, ks, v, keys, start, scale, stored=starts)
+        dv = _stream(p, ks, qs, do, keys, end, scale, **onward)
         dq = p.like(q)
         dk, dg, du = _side(p, do, v, q, k, (None, keys), (starts, ends), scale, flipped=True, z_grad=dq, u=u)
         assert dv is not None
         return dq, dk, dv, dg, None, None if u is None or du is None else du.to(u.dtype), initial_grad
-    dk = _stream(p, vs, os, q, values, end, scale, flipped=True, **kept)
+    dk = _stream(p, vs, os, q, values, end, scale, flipped=True, **onward)
     dq = _stream(p, os, vs, k, values, start, scale, flipped=True, stored=starts)
     dv, dgv, _ = _side(p, q, k, do, v, (None, values), (starts, ends), scale)
     assert dk is not None and dq is not None
@@ -426,6 +510,9 @@ def _record_calls(dtype: torch.dtype, width: int, gates: str, packed: bool, opti
     state = new(3 if packed else 1, 2, width, width, dtype=torch.float32)
     g, gv = (new(1, 128, 2, width) if name in gates else None for name in "gv")
     u = new(2, width, dtype=torch.float32) if "u" in gates else None
+    *_, kept = forward(q, k, v, g, gv, u, state, bounds, 1.0, **options, save=True)
     forward(q, k, v, g, gv, u, state, bounds, 1.0, **options)
-    backward(q, k, v, g, gv, u, state, bounds, o, state, 1.0, **options)
+    backward(q, k, v, g, gv, u, state, bounds, o, state, 1.0, **options, kept=kept)
+    if packed:
+        backward(q, k, v, g, gv, u, state, bounds, o, state, 1.0, **options)
     step(q, k, v, g, gv, u, state[:1], 1.0, launch=options["launch"])

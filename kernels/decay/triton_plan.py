@@ -19,10 +19,16 @@ CHUNK = 64
 BLOCK = 64
 PROGRAMS = 264  # enough to fill a large GPU; with fewer, time is cut into segments
 SHORTEST = 8  # chunks of a segment at least
+GROUP = 16  # chunks that one program looks through for those that forget too much
 
 
 def blocks(width: int) -> int:
     return -(-width // BLOCK)
+
+
+def narrow_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of stored states and scaled rows: fp16's range is too small, and Triton's interpreter truncates to bf16."""
+    return torch.bfloat16 if dtype == torch.bfloat16 and not triton_interpreted() else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +67,8 @@ class Problem:
 
     @property
     def narrow(self) -> torch.dtype:
-        """Of stored states and scaled rows: fp16's range is too small, and Triton's interpreter truncates to bf16."""
-        return torch.bfloat16 if self.dtype == torch.bfloat16 and not triton_interpreted() else torch.float32
+        """See `narrow_dtype`."""
+        return narrow_dtype(self.dtype)
 
     @property
     def limit(self) -> float:
@@ -89,7 +95,7 @@ class Problem:
         return torch.empty_like(x) if self.cut is None else torch.zeros_like(x)
 
     def run(self, kernel: Any, programs: int, **arguments: Any) -> None:
-        known = {"T": self.time, "H": self.heads, "BY": BLOCK, "C": CHUNK, **self.precision}
+        known = {"T": self.time, "H": self.heads, "BY": BLOCK, "C": CHUNK, "GROUP": GROUP, **self.precision}
         arguments |= {name: value for name, value in known.items() if name in kernel.arg_names}
         self.launch(kernel, (programs,), *self.resources(kernel, arguments), **arguments)
 

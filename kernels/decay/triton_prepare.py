@@ -92,22 +92,33 @@ def _any_slow(slow, row, BLOCKS: tl.constexpr):
     return found > 0
 
 
-@triton.jit(do_not_specialize=["T", "CHUNKS", "H"])
+@triton.jit
+def _some_slow(slow, first, last, SPAN: tl.constexpr):
+    """Whether any of slow[first:last] is marked, last − first ≤ SPAN: one look, where most programs end."""
+    at = first + tl.arange(0, SPAN)
+    return tl.max(tl.load(slow + at, mask=at < last, other=0), 0) > 0
+
+
+@triton.jit(do_not_specialize=["T", "CHUNKS", "H", "COUNT"])
 def pairs_kernel(
-    z, y, g, slow, pairs, places, T, CHUNKS, H,
-    D: tl.constexpr, BLOCKS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
+    z, y, g, slow, pairs, places, T, CHUNKS, H, COUNT,
+    D: tl.constexpr, BLOCKS: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr,
+    BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """pairs[i,j] = Σ_d z_i y_j exp(G_i − G_j) of slow chunks, j ≤ i (BEFORE: j < i); others are not touched.
 
-    Grid: slots · H.
+    Grid: COUNT / GROUP, with COUNT = slots · H.
     """
-    row = tl.program_id(0).to(tl.int64)
-    if _any_slow(slow, row, BLOCKS):
-        head, slot = row % H, row // H
-        first, count = _locate(places, slot, T, CHUNKS, C)
-        total = _pairs_by_level(
-            z, y, g, first, count, head, H, D, BLOCKS * BLOCK, C, LEVELS, False, BEFORE, DOT, PRECISION, GATE
-        )
+    begin = tl.program_id(0).to(tl.int64) * GROUP
+    stop = tl.minimum(begin + GROUP, COUNT)
+    if _some_slow(slow, begin * BLOCKS, stop * BLOCKS, GROUP * 4):
         rows = tl.arange(0, C)
-        tl.store(pairs + row * C * C + rows[:, None] * C + rows[None, :], total.to(pairs.dtype.element_ty))
+        for i in range(0, GROUP):
+            row = begin + i
+            if (row < COUNT) & _any_slow(slow, tl.minimum(row, COUNT - 1), BLOCKS):
+                head, slot = row % H, row // H
+                first, count = _locate(places, slot, T, CHUNKS, C)
+                total = _pairs_by_level(
+                    z, y, g, first, count, head, H, D, BLOCKS * BLOCK, C, LEVELS, False, BEFORE, DOT, PRECISION, GATE
+                )
+                tl.store(pairs + row * C * C + rows[:, None] * C + rows[None, :], total.to(pairs.dtype.element_ty))

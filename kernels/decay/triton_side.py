@@ -26,28 +26,56 @@ from fla_swap.kernels.decay.triton_parts import (
     _store_rows,
     _sums,
 )
-from fla_swap.kernels.decay.triton_prepare import _any_slow
+from fla_swap.kernels.decay.triton_prepare import _any_slow, _some_slow
 
 
-@triton.jit(do_not_specialize=["T", "CHUNKS", "H"])
+@triton.jit(do_not_specialize=["T", "CHUNKS", "H", "COUNT"])
 def side_kernel(
     a, b, y, z, gy, readers, writers, shifts, slow, x_shifts, x_slow, slow_pairs, u, starts, ends, z_grad, y_grad,
+    gate_grad, u_grad, places, T, CHUNKS, H, COUNT, scale,
+    X: tl.constexpr, Y: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, X_BLOCKS: tl.constexpr,
+    Y_BLOCKS: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr,
+    FLIPPED: tl.constexpr, SLOW: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """z_grad (or None), y_grad, gate_grad of one chunk, one head and BY columns. Grid: COUNT = slots · H · Y_BLOCKS.
+
+    Only of chunks that are slow (grid: COUNT / GROUP), or (not SLOW) only of the others. starts, ends [slots,H,·,·]:
+    the state as the chunk reads it, and the gradient of the state after it as its writers read it (with gates on both
+    sides: without these decays). In memory as [X,Y], FLIPPED: [Y,X]. BEFORE: u [H,Y], and u_grad [slots,H,Y]. Without
+    gates, `gy`, `shifts`, `slow` and `gate_grad` are None.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    if SLOW:
+        begin = program * GROUP
+        stop = tl.minimum(begin + GROUP, COUNT)
+        if _some_slow(slow, begin, stop, GROUP):
+            for i in range(0, GROUP):
+                one = begin + i
+                if tl.load(slow + one, mask=one < COUNT, other=0) > 0:
+                    _side_of_chunk(
+                        one, a, b, y, z, gy, readers, writers, shifts, x_shifts, x_slow, slow_pairs, u, starts, ends,
+                        z_grad, y_grad, gate_grad, u_grad, places, T, CHUNKS, H, scale, X, Y, BX, BY, X_BLOCKS,
+                        Y_BLOCKS, C, LEVELS, BEFORE, FLIPPED, SLOW, DOT, PRECISION, GATE,
+                    )  # fmt: skip
+    else:
+        if slow is not None:  # noqa: SIM102 (None is known to the compiler, the other is not)
+            if tl.load(slow + program) > 0:
+                return
+        _side_of_chunk(
+            program, a, b, y, z, gy, readers, writers, shifts, x_shifts, x_slow, slow_pairs, u, starts, ends, z_grad,
+            y_grad, gate_grad, u_grad, places, T, CHUNKS, H, scale, X, Y, BX, BY, X_BLOCKS, Y_BLOCKS, C, LEVELS,
+            BEFORE, FLIPPED, SLOW, DOT, PRECISION, GATE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _side_of_chunk(
+    program, a, b, y, z, gy, readers, writers, shifts, x_shifts, x_slow, slow_pairs, u, starts, ends, z_grad, y_grad,
     gate_grad, u_grad, places, T, CHUNKS, H, scale,
     X: tl.constexpr, Y: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr, X_BLOCKS: tl.constexpr,
     Y_BLOCKS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr, FLIPPED: tl.constexpr,
     SLOW: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """z_grad (or None), y_grad, gate_grad of one chunk, one head and BY columns. Grid: slots · H · Y_BLOCKS.
-
-    Only of chunks that are slow, or (not SLOW) only of the others. starts, ends [slots,H,·,·]: the state as the chunk
-    reads it, and the gradient of the state after it as its writers read it (with gates on both sides: without these
-    decays). In memory as [X,Y], FLIPPED: [Y,X]. BEFORE: u [H,Y], and u_grad [slots,H,Y]. Without gates, `gy`, `shifts`,
-    `slow` and `gate_grad` are None.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    if slow is not None:  # noqa: SIM102 (None is known to the compiler, the other is not)
-        if (tl.load(slow + program) > 0) != SLOW:
-            return
     block, place = (program % Y_BLOCKS).to(tl.int32), program // Y_BLOCKS
     head, slot = place % H, place // H
     start, count = _locate(places, slot, T, CHUNKS, C)
