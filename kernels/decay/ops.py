@@ -130,6 +130,9 @@ def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, 
 Maybe6 = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+NOTHING: Maybe6 = (None, None, None, None, None, None)
+
+
 def _given(like: Tensor, kept: Maybe6) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Custom ops return tensors only: empty ones where there is nothing."""
     a, b, c, d, e, f = (like.new_empty(0) if x is None else x for x in kept)
@@ -161,7 +164,7 @@ def gla_fwd(
     for is empty.
     """
     inputs = (q, k, v, g, gv, u, initial_state, cu_seqlens, scale)
-    kept: Maybe6 = (None,) * 6
+    kept: Maybe6 = NOTHING
     with torch.autocast(q.device.type, enabled=False):
         if implementation == "triton":
             from fla_swap.kernels.decay import triton_impl
@@ -188,7 +191,7 @@ def _gla_fwd_fake(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = _state_shape(q, v, cu_seqlens) if output_final_state else (0,)
-    kept: Maybe6 = (None,) * 6
+    kept: Maybe6 = NOTHING
     if save and implementation == "triton":
         from fla_swap.kernels.decay import triton_impl
 
