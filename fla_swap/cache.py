@@ -49,15 +49,18 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     `count` is a tensor in a static cache (so that a compiled step does not depend on it) and an int elsewhere.
     `shared`: the model has a linear layer of its own beside the attention, whose states this layer keeps as the stock
-    layer did (Falcon-H1); such a layer cannot roll back. `by_row`: the rows are requests of their own with lengths of
+    layer did (Falcon-H1); such a layer cannot roll back. In the place of a linear layer of the model's own (`alone`) it
+    says, as that did, whether there is a state. `by_row`: the rows are requests of their own with lengths of
     their own, and a mask says nothing about this layer.
     """
 
-    def __init__(self, stock: CacheLayerMixin):
+    def __init__(self, stock: CacheLayerMixin | LinearAttentionLayer):
         LinearAttentionLayer.__init__(self, number_of_states=getattr(stock, "number_of_states", 1))
         CacheLayerMixin.__init__(self)
         self.stock = stock
-        self.shared = isinstance(stock, LinearAttentionLayer)
+        linear = isinstance(stock, LinearAttentionLayer)
+        self.shared = linear and isinstance(stock, CacheLayerMixin)
+        self.alone = linear and not self.shared
         self.is_sliding: bool = getattr(stock, "is_sliding", False)
         self.is_compileable = stock.is_compileable
         self.state: State = {}
@@ -89,6 +92,8 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         else:
             self.count = self.count + tokens
         self.fresh = False
+        if self.alone:
+            self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
 
     # What transformers asks of every layer.
 
@@ -132,6 +137,8 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         else:
             self.count = 0
         self.fresh, self.packed = True, False
+        if self.alone:
+            self.has_previous_state = dict.fromkeys(self.has_previous_state, False)
         self.forget_calls()
 
     def offload(self) -> None:
@@ -245,9 +252,13 @@ def install_layer(cache: Any, index: int) -> StateLayer:
 
 
 def _replacement(stock: Any, index: int) -> StateLayer:
+    if type(stock) is LinearAttentionLayer:
+        if any(stock.has_previous_state.values()):
+            raise SwapError(f"cache layer {index} already holds a state of the model before the swap; start a new cache")
+        return StateLayer(stock)
     if not isinstance(stock, (DynamicLayer, StaticLayer)):
         raise SwapError(
-            f"cache layer {index} is a {type(stock).__name__}; states can replace only dynamic and static layers"
+            f"cache layer {index} is a {type(stock).__name__}; states can replace only dynamic, static and linear layers"
         )
     if stock.is_initialized and int(stock.get_seq_length()) > 0:
         raise SwapError(

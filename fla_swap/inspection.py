@@ -14,6 +14,7 @@ from fla_swap.crosscheck import check_config, unseen_layers
 from fla_swap.errors import ConfigError, NoAttentionFound, VerificationError
 from fla_swap.exportable import exportable
 from fla_swap.finishing import Finisher
+from fla_swap.linear_sites import LinearSites
 from fla_swap.matching import MatchResult
 from fla_swap.model_inputs import Example, check_example
 from fla_swap.naming import with_own_names
@@ -44,7 +45,7 @@ def inspect(
             or a tensor), tensors [B, T, …]. They are repeated or cut to other lengths.
         patterns: recognisers of your own, tried before the built-in ones. None: those of installed packages (entry
             points of the group "fla_swap.recognisers"); so `patterns=()` leaves the built-in ones alone.
-        strict: raise NoAttentionFound (the report is in `.report`) when there is no site.
+        strict: raise NoAttentionFound (the report is in `.report`) when there is no site, and no layer is linear already.
         verify: prove the sites; without it they are returned with `proved=False`.
         within: names of submodules that hold the attention (decoder layers): only these are exported, each as the model
             calls it, for a model that cannot be exported whole. The model is run, and sites have their names in it.
@@ -66,11 +67,12 @@ def inspect(
         results = [one.run([s.fqn for s in stated], verify) for one in inspections]
     found = [site for r in results for site in r.sites]
     misses = sorted((miss for r in results for miss in r.near_misses), key=lambda m: -m.progress)
+    linear = [site for one in inspections for site in one.linear]
     notes = [*known, *stand_ins.notes, *(note for one in inspections for note in one.notes)]
     if proofs is not None and proofs.groups:
         notes.append(proofs.note())
     if not within:
-        notes += _unseen((*found, *stated, *misses), model)
+        notes += _unseen((*found, *stated, *misses, *linear), model)
     report = AttentionReport(
         model=type(model).__name__,
         sites=_in_order(model, found, stated),
@@ -79,8 +81,9 @@ def inspect(
         notes=tuple(dict.fromkeys(notes)),
         seconds=time.perf_counter() - start,
         checked_length=min((n for one in inspections if (n := one.captures.checked) is not None), default=None),
+        linear=_in_order(model, linear, ()),
     )
-    if strict and not report.sites:
+    if strict and not (report.sites or report.linear):
         raise NoAttentionFound(nothing_found(report), report)
     check_config(report.sites, model)
     return report
@@ -170,6 +173,7 @@ class _Inspection:
         part: str = "",
     ):
         self.captures, self.proofs = TwoCaptures(model, example, patterns, part), proofs
+        self.linear: list[AttentionSite] = []
 
     @property
     def notes(self) -> list[str]:
@@ -187,7 +191,10 @@ class _Inspection:
             self.proofs.graphs.append(self.captures.first)
         named = with_own_names([s for s in matched.sites if free(s.fqn)], self.captures.model)
         sites, misses = self.finish(named, verify, matched.regions)
-        near = (*misses, *(m for m in matched.near_misses if free(m.fqn)))
+        linear = LinearSites(self.captures, self.proofs)
+        linear.run(verify)
+        self.linear = [s for s in linear.found if free(s.fqn)]
+        near = (*misses, *(m for m in (*matched.near_misses, *linear.misses) if free(m.fqn)))
         return dataclasses.replace(matched, sites=tuple(sites), near_misses=near)
 
     def finish(

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fla_swap.errors import MixerError, PlanError
 from fla_swap.mixers import MIXERS, MixerConfig, TokenMixer, mixer_class
+from fla_swap.mixers.same import SAME, same_options
 from fla_swap.types import AttentionReport, AttentionSite, LayerPlan, SwapPlan, from_jsonable, to_jsonable
 
 Keep = str | float | Fraction | Sequence[int]
@@ -49,7 +50,9 @@ def plan(
 
     Args:
         report: what `inspect` found.
-        mixer: the mixer of every swapped layer that no rule names. A name, or a config with options.
+        mixer: the mixer of every swapped layer that no rule names. A name, or a config with options. "same" is for the
+            layers that are linear already (`report.linear`): each is swapped for the mixer that computes exactly what
+            it computes, softmax attention stays. Other mixers leave those layers as they are.
         options: options of `mixer` when it is given by name.
         keep: layers that stay as they are, among those that `mixer` would take: a fraction ("1/4", 0.25; spread
             uniformly, see `uniform_layers`), a sequence of layer numbers, or 0 for none.
@@ -63,18 +66,51 @@ def plan(
         raise PlanError(f"a plan needs `mixer` or `rules`; the mixers are {[m.name for m in MIXERS]}")
     if mixer is None and options is not None:
         raise PlanError("`options` belong to `mixer`, which is not given; a rule takes a mixer's config instead")
-    if not report.sites:
+    if not (report.sites or report.linear):
         raise PlanError(f"the report of {report.model} holds no attention site: nothing to plan")
+    same, rules = _same_sites(report, mixer, options, rules or ())
+    if mixer == SAME:
+        mixer, options = None, None
     open_sites = [s for s in report.sites if s.kind == "self" and (local or s.mask.kind not in WINDOWED)]
-    chosen = _sites_of_rules(report.sites, open_sites, rules or ())
+    chosen = _sites_of_rules(report.sites, open_sites, rules)
     if mixer is not None:
         free = [s for s in open_sites if s.fqn not in chosen]
         kept = _kept_layers(keep, free, report.sites)
         chosen |= {s.fqn: (mixer, options) for s in free if s.layer not in kept}
-    if not chosen:
+    if not (chosen or same):
         raise PlanError(_nothing_to_swap(report.sites, open_sites, keep))
     layers = tuple(_layer_plan(s, *chosen[s.fqn]) for s in report.sites if s.fqn in chosen)
+    layers += tuple(_same_plan(s) for s in same)
     return SwapPlan(layers=layers, kept=tuple(s.fqn for s in report.sites if s.fqn not in chosen))
+
+
+def _same_sites(
+    report: AttentionReport, mixer: MixerChoice | None, options: Mapping[str, Any] | None, rules: Sequence[Rule]
+) -> tuple[list[AttentionSite], list[Rule]]:
+    """The linear layers that are swapped for what they compute, and the rules that are about others."""
+    if mixer == SAME and options is not None:
+        raise PlanError(f"mixer={SAME!r} takes no options: the layers say what they compute")
+    if mixer == SAME and not report.linear:
+        raise PlanError(f"mixer={SAME!r}: {report.model} has no layer that is linear already and was understood")
+    chosen = {s.fqn for s in report.linear} if mixer == SAME else set()
+    for rule in rules:
+        if rule.mixer == SAME:
+            matched = {s.fqn for s in report.linear if fnmatchcase(s.fqn, rule.pattern)}
+            if not matched:
+                known = [s.fqn for s in report.linear]
+                raise PlanError(f"rule {rule.pattern!r} matches no layer that is linear already; those are {known}")
+            chosen |= matched
+    return [s for s in report.linear if s.fqn in chosen], [r for r in rules if r.mixer != SAME]
+
+
+def _same_plan(site: AttentionSite) -> LayerPlan:
+    try:
+        options = same_options(site)
+        mixer = site.recurrence.mixer if site.recurrence is not None else ""
+        config = mixer_class(mixer).config_for(site, options)
+    except MixerError as error:
+        raise PlanError(f"{site.fqn} cannot be swapped for what it computes: {error}") from error
+    return LayerPlan(site=site, mixer=mixer, options=json.loads(json.dumps(config.to_options())))
 
 
 def uniform_layers(count: int, keep: int) -> tuple[int, ...]:
@@ -150,6 +186,7 @@ def plan_table(plan: SwapPlan) -> Table:
         site = layer.site
         heads = f"{site.heads}/{site.kv_heads} × {site.head_dim}"
         mask = site.mask.kind + (f" {site.mask.window}" if site.mask.window else "")
+        mask = site.kind if site.recurrence is not None else mask
         rows[site.fqn] = (str(site.layer), site.fqn, heads, mask, layer.mixer)
     for fqn in sorted(rows, key=_by_number):
         table.add_row(*rows[fqn])

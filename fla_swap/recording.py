@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fla_swap.arguments import Args, Kwargs, leaves, undisturbed
 from fla_swap.errors import CaptureError, FlaSwapError
@@ -101,6 +102,16 @@ def record_cache(model: nn.Module, owners: Iterable[str], inputs: tuple[Args, Kw
         return _record_cache(model, list(owners), inputs, None)
 
 
+def _by_layer(cache: Any) -> Iterator[tuple[str, Any, inspect.Signature]]:
+    """The methods of a cache that must be told a layer: `update`, and those for states of linear layers."""
+    for name in dir(type(cache)):
+        method = getattr(cache, name) if not name.startswith("_") and callable(getattr(type(cache), name)) else None
+        if method is not None:
+            signature = inspect.signature(method)
+            if "layer_idx" in signature.parameters and signature.parameters["layer_idx"].default is inspect.Parameter.empty:
+                yield name, method, signature
+
+
 def _record_cache(
     model: nn.Module, owners: list[str], inputs: tuple[Args, Kwargs], given: Any
 ) -> dict[str, CacheRecord]:
@@ -110,15 +121,18 @@ def _record_cache(
     stack, watched = _Stack(), []
 
     def watch(cache: Any) -> None:
-        update = cache.update
-
-        def noted(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            if stack.names:
-                found.setdefault(stack.names[-1], CacheRecord()).index = layer_idx
-            return update(key_states, value_states, layer_idx, *args, **kwargs)
-
-        cache.update = noted
+        for name, method, signature in _by_layer(cache):
+            setattr(cache, name, noted(method, signature))
         watched.append(cache)
+
+    def noted(method: Any, signature: inspect.Signature) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if stack.names:
+                given = signature.bind(*args, **kwargs).arguments
+                found.setdefault(stack.names[-1], CacheRecord()).index = given["layer_idx"]
+            return method(*args, **kwargs)
+
+        return call
 
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -140,16 +140,19 @@ def _check_place(site: AttentionSite) -> None:
             f"{site.fqn} has no module of its own ({site.source}): only fs.rewrite can put a mixer there; "
             "plan without it"
         )
-    if site.kind != "self":
+    if site.kind != "self" and site.recurrence is None:
         raise SwapError(f"{site.fqn} is a {site.kind}-attention, which keeps no state that a mixer could replace")
 
 
 def _check_weights(site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
     """Every projection of the site exists in this model and has the shape that the plan states."""
     width = site.heads * site.v_head_dim
+    heads = (site.heads, site.kv_heads)
+    if site.recurrence is not None:
+        heads = (site.recurrence.qk_heads, site.recurrence.qk_heads)
     expected: dict[str, tuple[Projection, int, int]] = {
-        "q": (site.q, site.heads * site.head_dim, site.hidden_size),
-        "k": (site.k, site.kv_heads * site.head_dim, site.hidden_size),
+        "q": (site.q, heads[0] * site.head_dim, site.hidden_size),
+        "k": (site.k, heads[1] * site.head_dim, site.hidden_size),
         "v": (site.v, site.kv_heads * site.v_head_dim, site.hidden_size),
     }
     if site.o is not None:

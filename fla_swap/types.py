@@ -167,6 +167,45 @@ class CallContract:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Recurrence:
+    """What a layer computes that is linear already, between its q, k, v and its output projection.
+
+    `mixer`: the one of ours that computes it, `rule` its name in words. `activation` acts on q, k and v, after the
+    causal convolution `conv` (rows in the order of q, k, v; taps) where there is one. `decay`: what the decay is made
+    of, `rate` and `dt_bias` its vectors: −exp(rate) · softplus(decay(x) + dt_bias); without `decay` the rate itself,
+    one positive number a head. `beta`: the write strength, `beta_limit` · sigmoid. `skip`: a factor on v that is added
+    to the output. `scale` on q; `unit`: q and k have unit length. `qk_heads`: heads of q and k, each shared by several
+    of v. `norm` of the heads' outputs, over `norm_width` channels; `gate`, an activation of a projection, is multiplied
+    with them, before the norm if `gate_first`. Low-rank maps have a first half (`_down`, `_rank` outputs).
+    """
+
+    mixer: str
+    rule: str
+    qk_heads: int
+    scale: float = 1.0
+    unit: bool = False
+    activation: str | None = None
+    conv: WeightRef | None = None
+    conv_bias: WeightRef | None = None
+    taps: int | None = None
+    decay: Projection | None = None
+    decay_down: Projection | None = None
+    decay_rank: int | None = None
+    rate: WeightRef | None = None
+    dt_bias: WeightRef | None = None
+    beta: Projection | None = None
+    beta_limit: float = 1.0
+    skip: WeightRef | None = None
+    norm: Norm | None = None
+    norm_width: int | None = None
+    gate: Projection | None = None
+    gate_down: Projection | None = None
+    gate_rank: int | None = None
+    gate_activation: str | None = None
+    gate_first: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSite:
     """Everything needed to rebuild one attention layer: `o_proj(softmax(scale · q kᵀ + mask) v)`.
 
@@ -182,6 +221,7 @@ class AttentionSite:
     multiplies them after it; `o_norm` acts on the heads' outputs, before `gate` multiplies them. `output_size`: the
     rows of o_proj where they are not `hidden_size`.
     `output_dropout`: what is dropped of the output (before a residual is added) in training mode.
+    `recurrence`: the layer is linear already; then `kind` names its rule, and there is no softmax.
     """
 
     fqn: str
@@ -218,6 +258,7 @@ class AttentionSite:
     output_size: int | None = None
     v_scale: float = 1.0
     output_dropout: float = 0.0
+    recurrence: Recurrence | None = None
     source: str = ""
     proved: bool = False
     max_error: float | None = None
@@ -241,7 +282,10 @@ class NearMiss:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionReport:
-    """What `inspect` found: proved sites in model order, near misses (furthest first), cores that belong to no site."""
+    """What `inspect` found: proved sites in model order, near misses (furthest first), cores that belong to no site.
+
+    `linear`: the layers that are linear already, in model order; `mixer="same"` swaps them, other plans keep them.
+    """
 
     model: str
     sites: tuple[AttentionSite, ...]
@@ -250,13 +294,15 @@ class AttentionReport:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     checked_length: int | None = None
+    linear: tuple[AttentionSite, ...] = ()
 
     def site(self, fqn: str) -> AttentionSite:
-        """The site whose owner is `fqn`; KeyError with the known names otherwise."""
-        for site in self.sites:
+        """The site whose owner is `fqn`, linear or not; KeyError with the known names otherwise."""
+        known = (*self.sites, *self.linear)
+        for site in known:
             if site.fqn == fqn:
                 return site
-        raise KeyError(f"no attention site {fqn!r}; the sites are {[s.fqn for s in self.sites]}")
+        raise KeyError(f"no attention site {fqn!r}; the sites are {[s.fqn for s in known]}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

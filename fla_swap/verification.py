@@ -72,12 +72,12 @@ class _NotFinite(Exception):
 
 def _prove(site: AttentionSite, owner: nn.Module, call: Call, size: float) -> Proof:
     twin = randomised(owner)
-    args, kwargs = _as_fp32((call.args, call.kwargs))
-    hidden, args, kwargs = _random_stream(site.call.hidden, args, kwargs, seed=1, size=size)
+    args, kwargs = as_fp32((call.args, call.kwargs))
+    hidden, args, kwargs = random_stream(site.call.hidden, args, kwargs, seed=1, size=size)
     counts = site.temperature is not None and site.temperature.padding
     more: dict[str, Any] = {"valid": call.valid, "positions": None if counts else call.positions}
     if site.call.memory is not None:
-        memory, args, kwargs = _random_stream(site.call.memory, args, kwargs, seed=2)
+        memory, args, kwargs = random_stream(site.call.memory, args, kwargs, seed=2)
         more |= {"memory": batch_first(site, memory), "memory_valid": call.memory_valid}
     residual = None
     if site.call.residual is not None:
@@ -87,10 +87,10 @@ def _prove(site: AttentionSite, owner: nn.Module, call: Call, size: float) -> Pr
             args, kwargs = set_argument(site.call.residual, residual, args, kwargs)
         residual = batch_first(site, residual)
     weights = {f"{site.fqn}.{n}" if site.fqn else n: t for n, t in twin.state_dict().items()}
-    buffers = _buffer_versions(twin)
+    buffers = buffer_versions(twin)
     with torch.no_grad():
         wanted = returned = output_of(site, twin(*args, **kwargs))
-        _check_buffers(site, twin, buffers)
+        check_buffers(site, twin, buffers)
         if size == 1.0 and not bool(wanted[call.valid].isfinite().all()):
             raise _NotFinite
         if residual is not None:
@@ -124,7 +124,7 @@ def _prove(site: AttentionSite, owner: nn.Module, call: Call, size: float) -> Pr
     )
 
 
-def _random_stream(
+def random_stream(
     path: ArgPath, args: tuple, kwargs: dict, *, seed: int, size: float = 1.0
 ) -> tuple[Tensor, tuple, dict]:
     """Random values (`random_tokens`) in the place of the tensor at `path`, and wherever an equal one is passed."""
@@ -166,15 +166,15 @@ def _real(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=parameter.requires_grad)
 
 
-def _as_fp32(value: Any) -> Any:
+def as_fp32(value: Any) -> Any:
     if isinstance(value, FakeTensor) and value.is_floating_point():
         return torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if type(value) in (tuple, list):
-        return type(value)(_as_fp32(v) for v in value)
+        return type(value)(as_fp32(v) for v in value)
     if type(value) is dict:
-        return {k: _as_fp32(v) for k, v in value.items()}
+        return {k: as_fp32(v) for k, v in value.items()}
     return value
 
 
@@ -205,11 +205,11 @@ def _train_mode(
     return found
 
 
-def _buffer_versions(twin: nn.Module) -> dict[str, tuple[Tensor, int, Tensor]]:
+def buffer_versions(twin: nn.Module) -> dict[str, tuple[Tensor, int, Tensor]]:
     return {n: (b, b._version, b.clone()) for n, b in twin.named_buffers() if not isinstance(b, FakeTensor)}
 
 
-def _check_buffers(site: AttentionSite, twin: nn.Module, before: Mapping[str, tuple[Tensor, int, Tensor]]) -> None:
+def check_buffers(site: AttentionSite, twin: nn.Module, before: Mapping[str, tuple[Tensor, int, Tensor]]) -> None:
     """Buffers that a forward pass makes longer are tables; other values in a buffer are a memory of the calls."""
     for name, now in twin.named_buffers():
         if name not in before:

@@ -56,6 +56,8 @@ class DeltaMixer(RecurrentMixer):
 
     @classmethod
     def complete(cls, config: MixerConfig, site: AttentionSite) -> MixerConfig:
+        if site.recurrence is not None:
+            return super().complete(config, site)
         if isinstance(config, DeltaConfig) and config.num_qk_heads not in (None, site.heads):
             raise MixerError(
                 f"{site.fqn}: {cls.name}: the site has {site.heads} query heads; num_qk_heads={config.num_qk_heads} "

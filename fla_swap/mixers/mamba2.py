@@ -84,6 +84,8 @@ class Mamba2(DecayMixer):
 
     @classmethod
     def complete(cls, config: MixerConfig, site: AttentionSite) -> MixerConfig:
+        if site.recurrence is not None:
+            return super().complete(config, site)
         if isinstance(config, Mamba2Config) and config.num_groups not in (None, site.heads):
             raise MixerError(
                 f"{site.fqn}: mamba2: the site has {site.heads} query heads, each a C of its own; num_groups="

@@ -15,6 +15,7 @@ from fla_swap.errors import MixerError
 from fla_swap.mixers.base import MixerConfig, State, share, wide
 from fla_swap.mixers.heads import HeadsConfig, HeadsMixer
 from fla_swap.mixers.parts import OutputGate, ShortConv, Tokens, head_rms_norm, spread_half_lives
+from fla_swap.mixers.same import load_recurrence
 from fla_swap.types import AttentionSite
 
 
@@ -215,6 +216,9 @@ class StatefulMixer(HeadsMixer):
         return self.init_state(sequences, device=x.device, dtype=self.v_proj.weight.dtype)
 
     def load_attention(self, site: AttentionSite, weights: Mapping[str, Tensor]) -> None:
+        if site.recurrence is not None:
+            load_recurrence(self, site, weights)
+            return
         super().load_attention(site, weights)
         self.head_scale.fill_(1)
         if self.head_bias is not None:

@@ -1,0 +1,206 @@
+"""What stands around a linear recurrence: its decay, and norm and gate on the way to the output projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fla_swap.errors import NoValue
+from fla_swap.patterns.base import Found
+from fla_swap.patterns.graph import CAST, LAYOUT, CapturedGraph, _ops, argument, op_name, shape
+from fla_swap.patterns.norm import QKNorm
+from fla_swap.patterns.output import readers
+from fla_swap.patterns.parts import Stop
+from fla_swap.patterns.projection import Linear
+from fla_swap.patterns.reach import PRODUCT
+from fla_swap.patterns.scores import split_factor
+from fla_swap.patterns.steps import ADD, MUL
+from fla_swap.patterns.weights import Spread, WeightsRefused, read_spread, weights_behind
+from fla_swap.types import Norm, WeightRef
+
+CLAMP = _ops("clamp", "clamp_min", "clamp_max")
+ROOT = _ops("rsqrt", "sqrt", "linalg_vector_norm", "norm")
+QUIET = LAYOUT | CAST
+_NEAR = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decay:
+    """−exp(rate) · softplus(x + dt_bias); `x` is where the projected channels are first computed with."""
+
+    x: fx.Node
+    rate: WeightRef
+    dt_bias: WeightRef | None
+
+
+def read_decay(node: fx.Node, graph: CapturedGraph) -> Decay:
+    """The decay around the softplus at `node`. Raises `Stop`."""
+    if argument(node, 1, "beta", 1) != 1:
+        raise Stop("decay", "a softplus with a factor", node)
+    x, bias = graph.peel(node.all_input_nodes[0], CAST)[-1], None
+    if x.target in ADD and len(graph.open_inputs(x)) == 1 and len(x.all_input_nodes) == 2:
+        closed = next(n for n in x.all_input_nodes if not graph.is_open(n))
+        bias = _vector(closed, graph)
+        if bias is None:
+            raise Stop("decay", "the bias in the softplus is computed", x)
+        x = graph.open_inputs(x)[0]
+    factor = _rate(node, graph)
+    origins = weights_behind(factor, graph)
+    if len(origins) != 1 or not _is_negative_exp(factor, origins[0], graph):
+        raise Stop("decay", "the rate of the decay is not −exp of one stored vector", factor)
+    return Decay(x=x, rate=WeightRef(name=graph.weights[origins[0].name]), dt_bias=bias)
+
+
+def _vector(node: fx.Node, graph: CapturedGraph) -> WeightRef | None:
+    """A stored parameter, whole and in order."""
+    origins = weights_behind(node, graph)
+    spread = read_spread(node, graph)
+    if spread is None or len(origins) != 1 or spread.offset:
+        return None
+    wanted = torch.arange(spread.entries.numel())
+    return WeightRef(name=spread.names[0]) if torch.equal(spread.entries.flatten(), wanted) else None
+
+
+def _rate(node: fx.Node, graph: CapturedGraph) -> fx.Node:
+    """The closed factor, made of a parameter, that the softplus is multiplied with."""
+    stack, seen = [node], set()
+    while stack:
+        walk = stack.pop()
+        for user in readers(walk):
+            if user in seen:
+                continue
+            seen.add(user)
+            closed = [n for n in user.all_input_nodes if not graph.is_open(n)]
+            if user.target in MUL and len(closed) == 1 and weights_behind(closed[0], graph):
+                return closed[0]
+            if user.target in CLAMP:
+                _check_clamp(user, graph)
+                stack.append(user)
+            elif user.target in QUIET:
+                stack.append(user)
+    raise Stop("decay", "no stored rate is multiplied with the softplus", node)
+
+
+def _check_clamp(node: fx.Node, graph: CapturedGraph) -> None:
+    low, high = argument(node, 1, "min"), argument(node, 2, "max")
+    limits = [graph.constant(v) for v in (low, high) if v is not None]
+    if any(v is None or 0 < v < math.inf for v in limits):
+        raise Stop("decay", f"the step is limited to {limits}, which no mixer does", node)
+
+
+def _is_negative_exp(factor: fx.Node, origin: fx.Node, graph: CapturedGraph) -> bool:
+    dims = shape(origin) or ()
+    sample = torch.randn(dims, generator=torch.Generator().manual_seed(0))
+    try:
+        value = graph.run(factor, {origin: sample})
+    except (NoValue, ValueError):
+        return False
+    return value.numel() == sample.numel() and torch.allclose(value.flatten(), -sample.exp().flatten(), rtol=1e-5)
+
+
+def fixed_rates(owner: str, heads: int, graph: CapturedGraph) -> list[WeightRef]:
+    """Stored tensors of the module that hold one positive number a head: what the rates of a fixed decay may be."""
+    found = []
+    for placeholder, name in graph.weights.items():
+        value = graph.values[placeholder]
+        if name.startswith(f"{owner}.") and isinstance(value, Tensor) and value.numel() == heads:
+            if value.is_floating_point() and not isinstance(value, torch.nn.Parameter):
+                found.append(WeightRef(name=name))
+    return found
+
+
+def scale_and_unit(leaf: fx.Node, width: int, mixer: str, graph: CapturedGraph) -> list[tuple[float, bool]]:
+    """The factor on q and whether q has unit length, read off what follows q at `leaf`; more than one where unclear."""
+    if mixer == "mamba2":
+        return [(1.0, False)]
+    unit, factors = False, []
+    for node in _elementwise_after(leaf, graph):
+        unit = unit or (node.target in ROOT and (shape(node) or (0,))[-1] == 1)
+        factor = split_factor(node, graph)
+        if factor is not None:
+            factors.append(factor[0])
+    scales = list(dict.fromkeys(factors)) or [1.0, width**-0.5]
+    return [(scale, unit) for scale in scales]
+
+
+def _elementwise_after(node: fx.Node, graph: CapturedGraph) -> Iterator[fx.Node]:
+    """What is computed from `node` in a few steps, up to a product of matrices."""
+    reached, seen = [node], {node}
+    for _ in range(_NEAR):
+        following = [u for n in reached for u in readers(n) if u not in seen and u.target not in PRODUCT]
+        following = [u for u in dict.fromkeys(following) if u.target in QUIET or len(graph.open_inputs(u)) <= 2]
+        yield from following
+        seen.update(following)
+        reached = following
+
+
+@dataclass(frozen=True, kw_only=True)
+class After:
+    """Norm over `norm_width` channels and gate (an activation node), the gate before the norm if `gate_first`."""
+
+    norm: Norm | None = None
+    norm_width: int | None = None
+    gate: fx.Node | None = None
+    gate_first: bool = False
+
+
+def after_heads(output: Linear, openers: set[fx.Node], width: int, graph: CapturedGraph) -> After:
+    """What stands before the output projection, walked backwards. Raises `Stop`."""
+    walk = graph.peel(output.x, QUIET)[-1]
+    norm = _norm(walk, width, graph)
+    gate_first = norm is not None
+    if norm is not None:
+        walk = graph.peel(norm[2], QUIET)[-1]
+    gate = None
+    if walk.target in MUL and len(graph.open_inputs(walk)) == 2:
+        sides = {n: graph.peel(n, QUIET)[-1] for n in graph.open_inputs(walk)}
+        opened = [n for n, peeled in sides.items() if peeled in openers]
+        if len(opened) == 1:
+            gate = sides[opened[0]]
+            other = next(peeled for n, peeled in sides.items() if n is not opened[0])
+            norm, gate_first = (norm, True) if norm is not None else (_norm(other, width, graph), False)
+    if gate is None:
+        gate_first = False
+    if norm is None:
+        return After(gate=gate, gate_first=gate_first)
+    return After(norm=norm[0], norm_width=norm[1], gate=gate, gate_first=gate_first)
+
+
+def _norm(node: fx.Node, width: int, graph: CapturedGraph) -> tuple[Norm, int, fx.Node] | None:
+    """The norm that ends at `node`, the channels that it acts on, and what it acts on."""
+    found, weight = QKNorm().match(node, graph), None
+    if not isinstance(found, Found) or "norm" not in found.facts:
+        split = [n for n in node.all_input_nodes if not graph.is_open(n) and weights_behind(n, graph)]
+        if node.target not in MUL or len(split) != 1 or len(graph.open_inputs(node)) != 1:
+            return None
+        weight = read_spread(split[0], graph)
+        found = QKNorm().match(graph.peel(graph.open_inputs(node)[0], QUIET)[-1], graph)
+        if weight is None or not isinstance(found, Found) or "norm" not in found.facts:
+            return None
+    facts = found.facts["norm"]
+    if set(found.facts) != {"norm"} or facts.kind not in ("rms", "layer"):
+        raise Stop("norm", f"a {facts.kind} norm with a factor on the heads' outputs", node)
+    weight = facts.weight if weight is None else weight
+    if facts.size > width or width % facts.size:
+        raise Stop("norm", f"a norm over {facts.size} of {width} channels", node)
+    norm = Norm(
+        kind=facts.kind,
+        eps=facts.eps,
+        weight=_ref(weight, node),
+        bias=_ref(facts.bias, node),
+        offset=0.0 if weight is None else weight.offset,
+    )
+    return norm, facts.size, facts.x
+
+
+def _ref(spread: Spread | None, node: fx.Node) -> WeightRef | None:
+    if spread is None:
+        return None
+    try:
+        return spread.ref(spread.entries.flatten())
+    except WeightsRefused as refused:
+        raise Stop("norm", f"{op_name(node)}: {refused}", node) from refused
