@@ -254,7 +254,9 @@ def install_layer(cache: Any, index: int) -> StateLayer:
 def _replacement(stock: Any, index: int) -> StateLayer:
     if type(stock) is LinearAttentionLayer:
         if any(stock.has_previous_state.values()):
-            raise SwapError(f"cache layer {index} already holds a state of the model before the swap; start a new cache")
+            raise SwapError(
+                f"cache layer {index} already holds a state of the model before the swap; start a new cache"
+            )
         return StateLayer(stock)
     if not isinstance(stock, (DynamicLayer, StaticLayer)):
         raise SwapError(

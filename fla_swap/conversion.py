@@ -285,7 +285,7 @@ class Conversion:
             "config": settings_of(self.config),
             "machine": machine(self.device),
             "sites": len(report.sites),
-            "largest_proof_error": max((s.max_error or 0.0) for s in report.sites),
+            "largest_proof_error": max((s.max_error or 0.0 for s in (*report.sites, *report.linear)), default=0.0),
             "swapped": [f"{layer.site.fqn}: {layer.mixer}" for layer in chosen.layers],
             "kept": list(chosen.kept),
             "selection": None if self.selection is None else self.selection.to_dict(),

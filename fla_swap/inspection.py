@@ -45,7 +45,7 @@ def inspect(
             or a tensor), tensors [B, T, …]. They are repeated or cut to other lengths.
         patterns: recognisers of your own, tried before the built-in ones. None: those of installed packages (entry
             points of the group "fla_swap.recognisers"); so `patterns=()` leaves the built-in ones alone.
-        strict: raise NoAttentionFound (the report is in `.report`) when there is no site, and no layer is linear already.
+        strict: raise NoAttentionFound (the report is in `.report`) when there is no site and no linear layer.
         verify: prove the sites; without it they are returned with `proved=False`.
         within: names of submodules that hold the attention (decoder layers): only these are exported, each as the model
             calls it, for a model that cannot be exported whole. The model is run, and sites have their names in it.

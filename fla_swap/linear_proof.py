@@ -8,6 +8,7 @@ decays and write strengths come from. Only equality is a match.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,7 +129,7 @@ def _compared(site: AttentionSite, run: _Run) -> float:
     bounds = [0, length // 2, *range(max(length - STEPS, length // 2 + 1), length + 1)]
     state = mixer.init_state(len(x), device=x.device, dtype=x.dtype)
     pieces = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         if stop > start:
             pieces.append(mixer(x[:, start:stop], valid=valid[:, start:stop], state=state)[0])
     carried = torch.cat(pieces, 1)

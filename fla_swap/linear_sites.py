@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from fla_swap.captures import SHORT, TwoCaptures
 from fla_swap.contract import derive_contract, find_entry
@@ -15,7 +17,6 @@ from fla_swap.patterns.cores import core_nodes
 from fla_swap.patterns.graph import source_of
 from fla_swap.patterns.linear import read_linear
 from fla_swap.patterns.linear_owners import linear_owners
-from fla_swap.patterns.output import inside_of
 from fla_swap.patterns.parts import Stop, unread
 from fla_swap.recording import CacheRecord, CallRecord, record_cache, record_calls
 from fla_swap.structure import ProveOnce
@@ -59,7 +60,7 @@ class LinearSites:
         reason = f"it mixes tokens without a softmax, and is no linear recurrence that is known: {reason}"
         self.misses.append(NearMiss(fqn=owner, slot=slot, reason=reason, source=source))
 
-    def _records(self, owners: list[str], length: int) -> tuple[dict[str, CallRecord], object]:
+    def _records(self, owners: list[str], length: int) -> tuple[dict[str, CallRecord], Any]:
         """The calls of the owners in a batch of `length` tokens, one row padded; none where the model does not run."""
         with contextlib.suppress(CaptureError):
             inputs = self.captures.inputs(length, padded=length // 3)
@@ -73,7 +74,9 @@ class LinearSites:
             self.captures.notes.append(f"the cache argument could not be observed: {type(error).__name__}: {error}")
             return {}
 
-    def _finish(self, candidates: list[AttentionSite], records: list, cache: CacheRecord | None, verify: bool) -> None:
+    def _finish(
+        self, candidates: list[AttentionSite], records: list[Any], cache: CacheRecord | None, verify: bool
+    ) -> None:
         site, graph = candidates[0], self.captures.first
         assert graph is not None
         outside = read_outside(site.fqn, graph, self.model)
@@ -105,5 +108,5 @@ class LinearSites:
             return
         self.found.append(dataclasses.replace(candidates[number], proved=True, max_error=error))
 
-    def _once(self, site: AttentionSite, prove):
-        return prove() if self.proofs is None or not inside_of(site.fqn, self.proofs.graphs[-1]) else self.proofs(site, prove)
+    def _once(self, site: AttentionSite, prove: Callable[[], tuple[int, float]]) -> tuple[int, float]:
+        return prove() if self.proofs is None else self.proofs(site, prove)

@@ -108,7 +108,10 @@ def _by_layer(cache: Any) -> Iterator[tuple[str, Any, inspect.Signature]]:
         method = getattr(cache, name) if not name.startswith("_") and callable(getattr(type(cache), name)) else None
         if method is not None:
             signature = inspect.signature(method)
-            if "layer_idx" in signature.parameters and signature.parameters["layer_idx"].default is inspect.Parameter.empty:
+            if (
+                "layer_idx" in signature.parameters
+                and signature.parameters["layer_idx"].default is inspect.Parameter.empty
+            ):
                 yield name, method, signature
 
 

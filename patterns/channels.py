@@ -184,9 +184,7 @@ def _origin(node: object) -> fx.Node | None:
     return node if isinstance(node, fx.Node) and node.op == "placeholder" else None
 
 
-def _activated(
-    node: fx.Node, graph: CapturedGraph, activations: Mapping[object, str]
-) -> tuple[fx.Node, str | None]:
+def _activated(node: fx.Node, graph: CapturedGraph, activations: Mapping[object, str]) -> tuple[fx.Node, str | None]:
     """The activation behind a convolution, or the convolution cut to the tokens."""
     walk = node
     while True:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -33,23 +32,31 @@ from fla_swap.patterns.channels import (
     Moved,
     ShortConvolution,
     Source,
-    joined,
     padding_factors,
     projection_of,
     read_convolution,
     whole,
 )
-from fla_swap.patterns.graph import CAST, CapturedGraph, _ops, op_name, shape, source_of
+from fla_swap.patterns.graph import CapturedGraph, _ops, op_name, shape
 from fla_swap.patterns.heads import HeadsRefused, group
-from fla_swap.patterns.linear_gates import After, Decay, after_heads, fixed_rates, read_decay, scale_and_unit
+from fla_swap.patterns.linear_gates import (
+    After,
+    Decay,
+    after_heads,
+    fixed_rates,
+    is_softplus,
+    read_decay,
+    scale_and_unit,
+)
+from fla_swap.patterns.linear_site import SILU, Layer, site_of
 from fla_swap.patterns.output import inside_of, readers
 from fla_swap.patterns.parts import Stop
 from fla_swap.patterns.projection import Linear
 from fla_swap.patterns.reach import CONVOLUTION
 from fla_swap.patterns.scores import split_factor
-from fla_swap.types import ArgPath, AttentionSite, CallContract, Mask, Recurrence, WeightRef
+from fla_swap.types import AttentionSite, Recurrence, WeightRef
 
-SOFTPLUS, SIGMOID, SILU = _ops("softplus"), _ops("sigmoid"), _ops("silu", "silu_")
+SIGMOID = _ops("sigmoid")
 ACTIVATIONS = {op: "silu" for op in SILU}
 OPENERS = {**{op: "silu" for op in SILU}, **{op: "sigmoid" for op in SIGMOID}}
 RULES = {
@@ -58,20 +65,6 @@ RULES = {
     "mamba2": "state space, a decay for each head",
     "lightning": "fixed decay",
 }
-
-
-@dataclass(kw_only=True)
-class _Layer:
-    """What was read of one module."""
-
-    owner: str
-    graph: CapturedGraph
-    members: list[fx.Node]
-    output: Linear
-    hidden: fx.Node
-    sources: list[Source]
-    moved: Moved
-    used: set[str] = field(default_factory=set)
 
 
 def read_linear(owner: str, layer: int, graph: CapturedGraph) -> list[AttentionSite]:
@@ -92,7 +85,7 @@ def read_linear(owner: str, layer: int, graph: CapturedGraph) -> list[AttentionS
     return _candidates(found, layer, mixer, decay, (beta, limit), after, gates, convolutions, (v, *others))
 
 
-def _projections(owner: str, graph: CapturedGraph) -> _Layer:
+def _projections(owner: str, graph: CapturedGraph) -> Layer:
     """The module's projections: of its input, of those (low rank), and the one that it returns."""
     members = [n for n in inside_of(owner, graph) if graph.is_open(n)]
     same = padding_factors(members, graph)
@@ -128,9 +121,7 @@ def _projections(owner: str, graph: CapturedGraph) -> _Layer:
             if value not in inside and value is not entry:
                 raise Stop("owner", f"it also reads {value.name}", node)
     moved = Moved(known=known, total=total, same=same, graph=graph)
-    found = _Layer(
-        owner=owner, graph=graph, members=members, output=output, hidden=entry, sources=sources, moved=moved
-    )
+    found = Layer(owner=owner, graph=graph, members=members, output=output, hidden=entry, sources=sources, moved=moved)
     for linear in (*rest, output):
         stored = [linear.weight, linear.bias, *(s for a in linear.adapters for s in (a.down, a.up))]
         found.used |= {s.name for s in stored if s is not None}
@@ -151,12 +142,16 @@ def _check_leaving(output: Linear, inside: set[fx.Node], graph: CapturedGraph) -
             raise Stop("output", f"{op_name(users[0])} after the last projection", users[0])
         walk = users[0]
     for node in inside:
-        if node is not walk and graph.is_open(node) and any(u not in inside and u.op == "call_function" for u in readers(node)):
+        if (
+            node is not walk
+            and graph.is_open(node)
+            and any(u not in inside and u.op == "call_function" for u in readers(node))
+        ):
             raise Stop("owner", f"it also returns {op_name(node)}, which is read", node)
 
 
-def _decay(found: _Layer) -> Decay | None:
-    nodes = [n for n in found.members if n.target in SOFTPLUS]
+def _decay(found: Layer) -> Decay | None:
+    nodes = [n for n in found.members if is_softplus(n, found.graph)]
     if not nodes:
         return None
     if len(nodes) > 1:
@@ -166,15 +161,13 @@ def _decay(found: _Layer) -> Decay | None:
     return decay
 
 
-def _openers(found: _Layer, width: int) -> list[tuple[fx.Node, fx.Node]]:
+def _openers(found: Layer, width: int) -> list[tuple[fx.Node, fx.Node]]:
     """(activation, its input) of as many projected channels as the output projection reads."""
     reads = found.moved.readers(found.members)
     return [(n, x) for n, x in reads if n.target in OPENERS and len(found.moved.row(x)) == width]
 
 
-def _beta(
-    found: _Layer, heads: int, convolutions: Sequence[ShortConvolution]
-) -> tuple[fx.Node | None, float]:
+def _beta(found: Layer, heads: int, convolutions: Sequence[ShortConvolution]) -> tuple[fx.Node | None, float]:
     """The input of the write strength, one channel a head, and the strength's limit."""
     reads = found.moved.readers(found.members)
     nodes = [(n, x) for n, x in reads if n.target in SIGMOID and len(found.moved.row(x)) == heads]
@@ -189,14 +182,12 @@ def _beta(
 
 
 def _streams(
-    found: _Layer, taken: Sequence[fx.Node], gate: fx.Node | None, width: int
+    found: Layer, taken: Sequence[fx.Node], gate: fx.Node | None, width: int
 ) -> tuple[list[ShortConvolution], list[tuple[Tensor, fx.Node]]]:
     """The convolutions, or activations of all channels, and what is first computed with: channels [heads, width] of
     those that come out of them, and where."""
     reads = found.moved.readers(found.members)
-    convolutions = [
-        read_convolution(n, found.moved, ACTIVATIONS) for n, _ in reads if n.target in CONVOLUTION
-    ]
+    convolutions = [read_convolution(n, found.moved, ACTIVATIONS) for n, _ in reads if n.target in CONVOLUTION]
     known: dict[fx.Node, Tensor] = {}
     tokens = found.graph.token_numbers()
     total = found.moved.total
@@ -226,9 +217,7 @@ def _streams(
     return convolutions, list(tables.values())
 
 
-def _values(
-    streams: Sequence[tuple[Tensor, fx.Node]], width: int, found: _Layer
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _values(streams: Sequence[tuple[Tensor, fx.Node]], width: int, found: Layer) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The heads of v (or of what may be v) and of the other two, as the shapes tell; all of heads' own channels."""
     if len(streams) != 3:
         raise Stop("recurrence", f"{len(streams)} groups of channels go into it, expected q, k and v", found.output.out)
@@ -251,7 +240,7 @@ def _values(
     raise Stop("recurrence", f"q and k of shapes {[tuple(t.shape) for t in distinct]}", found.output.out)
 
 
-def _mixer(decay: Decay | None, beta: fx.Node | None, heads: int, key_width: int, found: _Layer) -> str:
+def _mixer(decay: Decay | None, beta: fx.Node | None, heads: int, key_width: int, found: Layer) -> str:
     if decay is None:
         if beta is not None:
             raise Stop("decay", "a write strength without a decay", beta)
@@ -265,7 +254,7 @@ def _mixer(decay: Decay | None, beta: fx.Node | None, heads: int, key_width: int
 
 
 def _candidates(
-    found: _Layer,
+    found: Layer,
     layer: int,
     mixer: str,
     decay: Decay | None,
@@ -285,7 +274,7 @@ def _candidates(
         own |= dict(zip(("gate_down", "gate_rank"), whole(down), strict=True))
     if decay is not None:
         made, down = projection_of(found.sources, found.moved.row(decay.x), decay.x)
-        own |= {"decay": made, "rate": decay.rate, "dt_bias": decay.dt_bias}
+        own |= {"decay": made, "rate": decay.rate, "dt_bias": decay.dt_bias, "step_limits": decay.limits}
         own |= dict(zip(("decay_down", "decay_rank"), whole(down), strict=True))
     if strength[0] is not None:
         beta, down = projection_of(found.sources, found.moved.row(strength[0]), strength[0])
@@ -316,7 +305,7 @@ def _candidates(
             for rate in rates:
                 facts = {"scale": scale, "unit": unit, "rate": rate, "qk_heads": len(q)}
                 read = dataclasses.replace(recurrence, **facts)
-                sites.append(_site(found, layer, read, (q, k, v), convolutions))
+                sites.append(site_of(found, layer, read, (q, k, v), convolutions))
     return sites
 
 
@@ -329,7 +318,7 @@ def _orders(tables: tuple[Tensor, ...], mixer: str) -> list[tuple[Tensor, Tensor
     return orders
 
 
-def _skip(found: _Layer, mixer: str, heads: int) -> WeightRef | None:
+def _skip(found: Layer, mixer: str, heads: int) -> WeightRef | None:
     """The one parameter without a place, if it is a vector with a number for each head. Raises `Stop` for others."""
     graph = found.graph
     inner = [n for m in inside_of(found.owner, graph) for n in m.all_input_nodes if n.op == "placeholder"]
@@ -345,83 +334,3 @@ def _skip(found: _Layer, mixer: str, heads: int) -> WeightRef | None:
     if mixer == "mamba2" and len(left) == 1 and torch.Size(shape(node) or ()).numel() == heads:
         return WeightRef(name=name)
     raise Stop("recurrence", f"it reads the parameters {sorted(left)}, whose part in it is not known", found.output.out)
-
-
-def _site(
-    found: _Layer,
-    layer: int,
-    recurrence: Recurrence,
-    tables: tuple[Tensor, Tensor, Tensor],
-    convolutions: Sequence[ShortConvolution],
-) -> AttentionSite:
-    end = found.output.out
-    q, k, v = tables
-    sides = [projection_of(found.sources, t.flatten(), end) for t in tables]
-    if any(down is not None for _, down in sides):
-        raise Stop("projection", "q, k or v of low rank", end)
-    if convolutions:
-        recurrence = _with_convolution(recurrence, torch.cat([t.flatten() for t in tables]), convolutions, end)
-    elif any(n.target in SILU for n, _ in found.moved.readers(found.members) if n is not None):
-        recurrence = dataclasses.replace(recurrence, activation=_activation(found, tables))
-    dims = shape(found.hidden) or (0,)
-    output = found.output
-    return AttentionSite(
-        fqn=found.owner,
-        layer=layer,
-        q=sides[0][0],
-        k=sides[1][0],
-        v=sides[2][0],
-        o=output.projection(torch.arange(output.outputs)),
-        hidden_size=dims[-1],
-        heads=len(v),
-        kv_heads=len(v),
-        head_dim=q.shape[-1],
-        v_head_dim=v.shape[-1],
-        scale=recurrence.scale,
-        mask=Mask(kind="causal"),
-        call=CallContract(hidden=ArgPath(position=0)),
-        output_size=None if output.outputs == dims[-1] else output.outputs,
-        kind=f"linear ({recurrence.rule})",
-        anchor=end.name,
-        recurrence=recurrence,
-        source=source_of(graph_peel(output.x, found.graph)),
-    )
-
-
-def graph_peel(node: fx.Node, graph: CapturedGraph) -> fx.Node:
-    return graph.peel(node, CAST)[-1]
-
-
-def _activation(found: _Layer, tables: Sequence[Tensor]) -> str | None:
-    """What acts on q, k and v alike before they fall into heads."""
-    channels = {c for t in tables for c in t.flatten().tolist()}
-    for node, x in found.moved.readers(found.members):
-        if node.target in SILU and channels & set(found.moved.row(x).tolist()):
-            return "silu"
-    return None
-
-
-def _with_convolution(
-    recurrence: Recurrence, channels: Tensor, convolutions: Sequence[ShortConvolution], end: fx.Node
-) -> Recurrence:
-    """The convolutions' rows in the order of `channels` [n]."""
-    if len({(c.taps, c.activation, c.bias is None) for c in convolutions}) != 1:
-        raise Stop("conv", "convolutions of different kinds", convolutions[1].node)
-    place = {int(c): (conv, row) for conv in convolutions for row, c in enumerate(conv.inputs)}
-    if any(int(c) not in place for c in channels):
-        raise Stop("conv", "some of q, k and v go through a convolution, others do not", end)
-    pieces: list[tuple[ShortConvolution, list[int]]] = []
-    for c in channels.tolist():
-        conv, row = place[c]
-        if not pieces or pieces[-1][0] is not conv:
-            pieces.append((conv, []))
-        pieces[-1][1].append(row)
-    rows = [(conv, torch.tensor(numbers)) for conv, numbers in pieces]
-    first = convolutions[0]
-    return dataclasses.replace(
-        recurrence,
-        conv=joined([(conv.weight, numbers) for conv, numbers in rows]),
-        conv_bias=None if first.bias is None else joined([(c.bias, n) for c, n in rows if c.bias is not None]),
-        taps=first.taps,
-        activation=first.activation,
-    )

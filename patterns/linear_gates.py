@@ -22,6 +22,7 @@ from fla_swap.patterns.steps import ADD, MUL
 from fla_swap.patterns.weights import Spread, WeightsRefused, read_spread, weights_behind
 from fla_swap.types import Norm, WeightRef
 
+SOFTPLUS, WHERE, LOG = _ops("softplus"), _ops("where"), _ops("log", "log1p")
 CLAMP = _ops("clamp", "clamp_min", "clamp_max")
 ROOT = _ops("rsqrt", "sqrt", "linalg_vector_norm", "norm")
 QUIET = LAYOUT | CAST
@@ -35,24 +36,46 @@ class Decay:
     x: fx.Node
     rate: WeightRef
     dt_bias: WeightRef | None
+    limits: tuple[float, float] | None = None
+
+
+def is_softplus(node: fx.Node, graph: CapturedGraph) -> bool:
+    """log(1 + exp(x)), as one operation, or spelled out with x itself where it is large."""
+    if node.target in SOFTPLUS:
+        return argument(node, 1, "beta", 1) == 1
+    if node.target not in WHERE or len(node.args) != 3:
+        return False
+    _, x, small = node.args
+    if not isinstance(x, fx.Node) or not isinstance(small, fx.Node) or small.target not in LOG:
+        return False
+    values = torch.tensor([-40.0, -3.0, 0.0, 2.0, 19.0, 45.0])
+    dims = shape(x) or ()
+    if len(dims) < 1 or not graph.is_open(x):
+        return False
+    sample = values[torch.arange(torch.Size(dims).numel()) % len(values)].view(dims)
+    try:
+        value = graph.run(node, {x: sample})
+    except (NoValue, ValueError):
+        return False
+    return torch.allclose(value, torch.nn.functional.softplus(sample), rtol=1e-5, atol=1e-6)
 
 
 def read_decay(node: fx.Node, graph: CapturedGraph) -> Decay:
     """The decay around the softplus at `node`. Raises `Stop`."""
-    if argument(node, 1, "beta", 1) != 1:
-        raise Stop("decay", "a softplus with a factor", node)
-    x, bias = graph.peel(node.all_input_nodes[0], CAST)[-1], None
+    given = node.args[1 if node.target in WHERE else 0]
+    assert isinstance(given, fx.Node)
+    x, bias = graph.peel(given, CAST)[-1], None
     if x.target in ADD and len(graph.open_inputs(x)) == 1 and len(x.all_input_nodes) == 2:
         closed = next(n for n in x.all_input_nodes if not graph.is_open(n))
         bias = _vector(closed, graph)
         if bias is None:
             raise Stop("decay", "the bias in the softplus is computed", x)
         x = graph.open_inputs(x)[0]
-    factor = _rate(node, graph)
+    factor, limits = _rate(node, graph)
     origins = weights_behind(factor, graph)
     if len(origins) != 1 or not _is_negative_exp(factor, origins[0], graph):
         raise Stop("decay", "the rate of the decay is not −exp of one stored vector", factor)
-    return Decay(x=x, rate=WeightRef(name=graph.weights[origins[0].name]), dt_bias=bias)
+    return Decay(x=x, rate=WeightRef(name=graph.weights[origins[0].name]), dt_bias=bias, limits=limits)
 
 
 def _vector(node: fx.Node, graph: CapturedGraph) -> WeightRef | None:
@@ -65,9 +88,9 @@ def _vector(node: fx.Node, graph: CapturedGraph) -> WeightRef | None:
     return WeightRef(name=spread.names[0]) if torch.equal(spread.entries.flatten(), wanted) else None
 
 
-def _rate(node: fx.Node, graph: CapturedGraph) -> fx.Node:
-    """The closed factor, made of a parameter, that the softplus is multiplied with."""
-    stack, seen = [node], set()
+def _rate(node: fx.Node, graph: CapturedGraph) -> tuple[fx.Node, tuple[float, float] | None]:
+    """The closed factor, made of a parameter, that the softplus is multiplied with; what holds the softplus between."""
+    stack, seen, limits = [node], set(), None
     while stack:
         walk = stack.pop()
         for user in readers(walk):
@@ -76,20 +99,27 @@ def _rate(node: fx.Node, graph: CapturedGraph) -> fx.Node:
             seen.add(user)
             closed = [n for n in user.all_input_nodes if not graph.is_open(n)]
             if user.target in MUL and len(closed) == 1 and weights_behind(closed[0], graph):
-                return closed[0]
+                return closed[0], limits
             if user.target in CLAMP:
-                _check_clamp(user, graph)
+                limits = _limits(user, limits, graph)
                 stack.append(user)
             elif user.target in QUIET:
                 stack.append(user)
     raise Stop("decay", "no stored rate is multiplied with the softplus", node)
 
 
-def _check_clamp(node: fx.Node, graph: CapturedGraph) -> None:
-    low, high = argument(node, 1, "min"), argument(node, 2, "max")
-    limits = [graph.constant(v) for v in (low, high) if v is not None]
-    if any(v is None or 0 < v < math.inf for v in limits):
-        raise Stop("decay", f"the step is limited to {limits}, which no mixer does", node)
+def _limits(node: fx.Node, before: tuple[float, float] | None, graph: CapturedGraph) -> tuple[float, float] | None:
+    """The limits of a clamp on what is positive, None when there are none that matter."""
+    given = [0.0, math.inf]
+    for place, name in ((0, "min"), (1, "max")):
+        value = argument(node, place + 1, name) if node.target in _ops("clamp") else node.args[1]
+        if value is None or (node.target not in _ops("clamp") and f"clamp_{name}" not in str(node.target)):
+            continue
+        constant = graph.constant(value)
+        if constant is None or before is not None:
+            raise Stop("decay", "the step is limited by what is no constant, or twice", node)
+        given[place] = constant
+    return None if given[0] <= 0 and given[1] == math.inf else (given[0], given[1])
 
 
 def _is_negative_exp(factor: fx.Node, origin: fx.Node, graph: CapturedGraph) -> bool:
@@ -107,9 +137,11 @@ def fixed_rates(owner: str, heads: int, graph: CapturedGraph) -> list[WeightRef]
     found = []
     for placeholder, name in graph.weights.items():
         value = graph.values[placeholder]
-        if name.startswith(f"{owner}.") and isinstance(value, Tensor) and value.numel() == heads:
-            if value.is_floating_point() and not isinstance(value, torch.nn.Parameter):
-                found.append(WeightRef(name=name))
+        stored = (
+            name.startswith(f"{owner}.") and isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
+        )
+        if stored and value.numel() == heads and value.is_floating_point():
+            found.append(WeightRef(name=name))
     return found
 
 

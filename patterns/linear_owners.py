@@ -1,4 +1,4 @@
-"""Which modules may be linear recurrences: no softmax in them, and something that mixes tokens without forgetting how."""
+"""Which modules may be linear recurrences: no softmax in them, and something that mixes tokens."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ class Mamba2Config(DecayConfig):
         dt_range: Δ at the start, log-uniform in it; None: 1. A then starts uniform in `rate_range`; None: by
             `init_half_life`.
         init_skip: D at the start.
+        step_limits: Δ is held between these two; None: it is not.
     """
 
     PAPER: ClassVar[Mapping[str, Any]] = {
@@ -59,6 +60,7 @@ class Mamba2Config(DecayConfig):
     dt_range: tuple[float, float] | None = None
     rate_range: tuple[float, float] | None = None
     init_skip: float = 0.0
+    step_limits: tuple[float, float] | None = None
 
 
 class Mamba2(DecayMixer):
@@ -117,7 +119,8 @@ class Mamba2(DecayMixer):
 
     def steps(self, x: Tensor) -> Tensor:
         """Δ [B, T, H] in fp32 or wider."""
-        return F.softplus(wide(self.dt_proj(x)) + wide(self.dt_bias))
+        steps, limits = F.softplus(wide(self.dt_proj(x)) + wide(self.dt_bias)), self.config.step_limits
+        return steps if limits is None else steps.clamp(*limits)
 
     def decay(self, x: Tensor) -> Tensor:
         """Log decay g [B, T, H] in fp32 or wider."""

@@ -80,7 +80,9 @@ def _own_options(site: AttentionSite, read: Recurrence) -> dict[str, Any]:
     """The options that only some of the mixers have."""
     shared = read.qk_heads
     if read.mixer == "mamba2":
-        return {"num_groups": shared}
+        return {"num_groups": shared, "step_limits": read.step_limits}
+    if read.step_limits is not None:
+        raise MixerError(f"{site.fqn}: the softplus in its decay is held between {read.step_limits}")
     if read.mixer == "lightning":
         if shared != site.heads:
             raise MixerError(f"{site.fqn}: {shared} heads of q and k for {site.heads} of v under a fixed decay")

@@ -12,6 +12,7 @@ KINDS = {
     "chunked": "#8a6fc4",
     "bidirectional": "#c79a2b",
     "cross-attention": "#b0628f",
+    "linear": "#5d8f3a",
     "not understood": "#c2402c",
 }
 """Colours by mask kind; a bar of a kind that is not here is an error."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from fla_swap.reporting.facts import checked_text, facts_of
+from fla_swap.reporting.linear import linear_facts
 from fla_swap.reporting.source import source_lines
 from fla_swap.types import AttentionReport, AttentionSite, NearMiss
 
@@ -34,6 +35,10 @@ _ADVICE = {
         "move the attention into a module of its own, from hidden states to the output projection's result",
         _BY_HAND,
     ),
+    "recurrence": (_ISSUE,),
+    "decay": (_ISSUE,),
+    "conv": (_ISSUE,),
+    "beta": (_ISSUE,),
     "call": ("call the module with the hidden state as one argument, and the mask as another", _ISSUE),
     "proof": (
         "the code computes something that the facts above do not say: look for it around the source line, and "
@@ -53,7 +58,8 @@ def explain(report: AttentionReport, name: str) -> str:
 
     Raises KeyError when the report has nothing there; it lists names that are near.
     """
-    sites = [s for s in report.sites if _within(s.fqn, name)] or [s for s in report.sites if _within(name, s.fqn)]
+    known = (*report.sites, *report.linear)
+    sites = [s for s in known if _within(s.fqn, name)] or [s for s in known if _within(name, s.fqn)]
     misses = [m for m in report.near_misses if _within(m.fqn, name)]
     loose = [line for line in report.unclaimed if _within(line.split(" ")[0], name)]
     if not (sites or misses or loose):
@@ -71,16 +77,17 @@ def _within(fqn: str, name: str) -> bool:
 
 
 def _unknown(report: AttentionReport, name: str) -> str:
-    known = [s.fqn for s in report.sites] + [m.fqn for m in report.near_misses if m.fqn]
+    known = [s.fqn for s in (*report.sites, *report.linear)] + [m.fqn for m in report.near_misses if m.fqn]
     parents = {".".join(k.split(".")[:n]) for k in known for n in range(1, len(k.split(".")) + 1)}
     near = difflib.get_close_matches(name, sorted(parents), n=5, cutoff=0.5) or known[:5]
     return f"the report on {report.model} has no attention in {name!r}; names near it: {near}"
 
 
 def _site(site: AttentionSite) -> str:
-    facts = facts_of(site)
-    wide = max(len(f.name) for f in facts)
-    lines = [f"{site.fqn or '(the model)'}: attention layer {site.layer}, {'proved' if site.proved else 'not proved'}"]
+    linear = site.recurrence is not None
+    facts = linear_facts(site) if linear else facts_of(site)
+    wide, what = max(len(f.name) for f in facts), "linear already" if linear else f"attention layer {site.layer}"
+    lines = [f"{site.fqn or '(the model)'}: {what}, {'proved' if site.proved else 'not proved'}"]
     lines += [f"  {f.name:<{wide}}  {f.text}  [{f.origin}]" for f in facts]
     return "\n".join([*lines, f"  {'source':<{wide}}  {site.source}"])
 

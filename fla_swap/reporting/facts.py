@@ -30,15 +30,15 @@ class Fact:
 
 def facts_of(site: AttentionSite) -> list[Fact]:
     """Everything that the site states, in the order of the computation; what it does not have is left out."""
-    facts = [_kind(site), _place(site), _heads(site)]
-    facts += [_projection(side, getattr(site, side)) for side in "qkv"]
+    facts = [_kind(site), place_fact(site), heads_fact(site)]
+    facts += [projection_fact(side, getattr(site, side)) for side in "qkv"]
     facts += [*_before_scores(site), _scale(site), _mask(site), *_on_scores(site), *_after(site)]
     if site.o is None:
         text = "none: the heads are returned side by side"
         facts.append(Fact(name="o", text=text, origin="where the module ends"))
     else:
-        facts.append(_projection("o", site.o))
-    return [*facts, _call(site.call), _proof(site)]
+        facts.append(projection_fact("o", site.o))
+    return [*facts, call_fact(site.call), _proof(site)]
 
 
 def extras_of(site: AttentionSite) -> list[str]:
@@ -90,7 +90,7 @@ def _kind(site: AttentionSite) -> Fact:
     return Fact(name="kind", text=text, short=site.kind, origin="what the projections read, in the graph")
 
 
-def _place(site: AttentionSite) -> Fact:
+def place_fact(site: AttentionSite) -> Fact:
     if site.place == "graph":
         text = "no module of its own: only fs.rewrite can replace it"
     else:
@@ -99,28 +99,28 @@ def _place(site: AttentionSite) -> Fact:
     return Fact(name="place", text=text, short=site.place, origin=origin)
 
 
-def _heads(site: AttentionSite) -> Fact:
+def heads_fact(site: AttentionSite) -> Fact:
     shared = "" if site.heads == site.kv_heads else f" on {site.kv_heads} key/value heads"
     values = "" if site.head_dim == site.v_head_dim else f" (values {site.v_head_dim})"
     text = f"{site.heads} query heads{shared}, {site.head_dim} channels each{values}, hidden size {site.hidden_size}"
     return Fact(name="heads", text=text, short=heads_text(site), origin="numbered entries sent through the reshapes")
 
 
-def _projection(side: str, projection: Projection) -> Fact:
-    text = _ref(projection.weight)
-    text += ", no bias" if projection.bias is None else f", bias {_ref(projection.bias)}"
+def projection_fact(side: str, projection: Projection) -> Fact:
+    text = ref_text(projection.weight)
+    text += ", no bias" if projection.bias is None else f", bias {ref_text(projection.bias)}"
     for adapter in projection.adapters:
-        text += f", plus {adapter.scale:g} × {_ref(adapter.up)} @ {_ref(adapter.down)}"
+        text += f", plus {adapter.scale:g} × {ref_text(adapter.up)} @ {ref_text(adapter.down)}"
     return Fact(name=side, text=text, origin="the product in the graph and the parameter behind it")
 
 
-def _ref(ref: WeightRef) -> str:
+def ref_text(ref: WeightRef) -> str:
     rows = ""
     if ref.rows is not None:
         shown = [f"{a}–{b - 1}" for a, b in ref.rows[:4]] + (["…"] if len(ref.rows) > 4 else [])
         rows = f" rows {', '.join(shown)}"
     text = f"{ref.name}{rows}{' (stored [in, out])' if ref.transposed else ''}"
-    return " then ".join((text, *map(_ref, ref.more)))
+    return " then ".join((text, *map(ref_text, ref.more)))
 
 
 def _before_scores(site: AttentionSite) -> list[Fact]:
@@ -147,10 +147,10 @@ def _before_scores(site: AttentionSite) -> list[Fact]:
 
 def _norm(name: str, norm: Norm, short: str) -> Fact:
     over = "all heads at once" if norm.across_heads else "each head"
-    weight = "no weight" if norm.weight is None else f"weight {_ref(norm.weight)}"
+    weight = "no weight" if norm.weight is None else f"weight {ref_text(norm.weight)}"
     if norm.offset:
         weight += f" + {norm.offset:g}"
-    bias = "" if norm.bias is None else f", bias {_ref(norm.bias)}"
+    bias = "" if norm.bias is None else f", bias {ref_text(norm.bias)}"
     own = ", weights of its own for each head" if norm.per_head else ""
     across = " across heads" if norm.across_heads else ""
     text = f"{norm.kind} norm over {over}, eps {norm.eps:g}, {weight}{bias}{own}"
@@ -199,7 +199,7 @@ def _on_scores(site: AttentionSite) -> list[Fact]:
         text = f"ALiBi, slopes {site.alibi[0]:.6g} … {site.alibi[-1]:.6g}"
         facts.append(Fact(name="alibi", text=text, short="alibi", origin="the bias was evaluated, and is linear"))
     if site.sinks is not None:
-        text = f"one learned logit a head joins the softmax: {_ref(site.sinks)}"
+        text = f"one learned logit a head joins the softmax: {ref_text(site.sinks)}"
         facts.append(Fact(name="sinks", text=text, short="sinks", origin="the column that is joined and dropped"))
     if site.dropout:
         text = f"{site.dropout:g} of the probabilities while training"
@@ -224,11 +224,11 @@ def _after(site: AttentionSite) -> list[Fact]:
 
 def _gate(gate: Gate) -> Fact:
     each = "one for each head" if gate.per_head else "one for each channel"
-    text = f"the heads' outputs times {gate.activation}({_projection('', gate.projection).text}), {each}"
+    text = f"the heads' outputs times {gate.activation}({projection_fact('', gate.projection).text}), {each}"
     return Fact(name="gate", text=text, short=f"{gate.activation} gate", origin="the product after the core")
 
 
-def _call(call: CallContract) -> Fact:
+def call_fact(call: CallContract) -> Fact:
     roles = ("hidden", "memory", "mask", "pairs", "padding", "positions", "cos", "sin", "cache", "residual")
     parts = [f"{role} {_path(path)}" for role in roles if (path := getattr(call, role)) is not None]
     returned = "a tensor" if call.outputs is None else f"item {call.output_index} of {call.outputs}"

@@ -9,6 +9,7 @@ from html import escape
 from fla_swap.reporting.drawing import KINDS, Bar, draw, legend
 from fla_swap.reporting.explanation import advice_of
 from fla_swap.reporting.facts import checked_text, extras_of, facts_of, heads_text, mask_text, proof_text, rope_text
+from fla_swap.reporting.linear import linear_words
 from fla_swap.reporting.source import source_lines
 from fla_swap.types import AttentionReport, AttentionSite, NearMiss, SwapPlan
 
@@ -40,8 +41,9 @@ def report_html(report: AttentionReport, plan: SwapPlan | None = None) -> str:
     `plan`: what it swaps and keeps is drawn too. Code is shown where its file can be read on this machine.
     """
     count, missed = len(report.sites), len(report.near_misses)
-    proved = sum(s.proved for s in report.sites)
-    lead = f"{count} attention site{_s(count)}, {proved} proved, {missed} not understood; {report.seconds:.1f} s"
+    proved, linear = sum(s.proved for s in report.sites), len(report.linear)
+    more = f", {linear} linear layer{_s(linear)}" if linear else ""
+    lead = f"{count} attention site{_s(count)}, {proved} proved{more}, {missed} not understood; {report.seconds:.1f} s"
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -55,15 +57,18 @@ def report_html(report: AttentionReport, plan: SwapPlan | None = None) -> str:
         parts += ["<h2>Not understood</h2>", *(_miss(m) for m in report.near_misses)]
     if report.sites:
         parts += ["<h2>Sites</h2>", *(_site(s) for s in report.sites)]
+    if report.linear:
+        parts += ["<h2>Linear already</h2>", *(_site(s) for s in report.linear)]
     parts += _list("Softmaxes that belong to no attention", report.unclaimed)
     parts += _list("Notes", [*report.notes, *filter(None, [checked_text(report)])])
     return "\n".join([*parts, "</body></html>", ""])
 
 
 def in_model_order(report: AttentionReport) -> list[AttentionSite | NearMiss]:
-    """Sites as they come, with each near miss where its name would stand among them."""
+    """Sites as they come, with each near miss and linear layer where its name would stand among them."""
     order: list[AttentionSite | NearMiss] = list(report.sites)
-    for miss in sorted(report.near_misses, key=lambda m: _natural(m.fqn)):
+    others: list[AttentionSite | NearMiss] = [*report.near_misses, *report.linear]
+    for miss in sorted(others, key=lambda m: _natural(m.fqn)):
         before = [n for n, item in enumerate(order) if _natural(item.fqn) <= _natural(miss.fqn)]
         order.insert(before[-1] + 1 if before else 0, miss)
     return order
@@ -88,15 +93,21 @@ def _bar(number: int, item: AttentionSite | NearMiss, swapped: dict[str, str], k
     if isinstance(item, NearMiss):
         title = f"{item.fqn or '(the model)'}: not understood, stopped at {item.slot}: {item.reason}"
         return Bar(kind="not understood", label=str(number), title=title, target=_anchor(item))
-    facts = [f"{heads_text(item)} heads", mask_text(item.mask), f"rope {rope_text(item.rope, item.head_dim)}"]
-    title = f"{item.fqn}: {', '.join([*facts, *extras_of(item)])}; proof {proof_text(item)}"
+    title = f"{item.fqn}: {', '.join(_words(item))}; proof {proof_text(item)}"
     if item.fqn in swapped:
         title += f"; swapped for {swapped[item.fqn]}"
     elif item.fqn in kept:
         title += "; kept as it is"
-    kind = "cross-attention" if item.kind == "cross" else item.mask.kind
+    kind = "cross-attention" if item.kind == "cross" else "linear" if item.recurrence is not None else item.mask.kind
     dotted = item.fqn in swapped
     return Bar(kind=kind, label=str(number), title=title, target=_anchor(item), dashed=dotted, faint=not item.proved)
+
+
+def _words(site: AttentionSite) -> list[str]:
+    heads = f"{heads_text(site)} heads"
+    if site.recurrence is not None:
+        return [site.kind, heads, *linear_words(site)]
+    return [heads, mask_text(site.mask), f"rope {rope_text(site.rope, site.head_dim)}", *extras_of(site)]
 
 
 def _anchor(item: AttentionSite | NearMiss) -> str:

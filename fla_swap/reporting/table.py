@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fla_swap.reporting.facts import checked_text, dims_text, extras_of, heads_text, mask_text, proof_text, rope_text
+from fla_swap.reporting.linear import linear_words
 from fla_swap.types import AttentionReport
 
 LEAST_WIDTH = 100
@@ -37,8 +38,9 @@ def report_text(report: AttentionReport) -> str:
 
 
 def _sites(report: AttentionReport) -> Table:
-    count = len(report.sites)
-    title = f"{report.model}: {count} attention site{'' if count == 1 else 's'} ({report.seconds:.1f} s)"
+    count, linear = len(report.sites), len(report.linear)
+    more = f" and {linear} linear layer{'' if linear == 1 else 's'}" if linear else ""
+    title = f"{report.model}: {count} attention site{'' if count == 1 else 's'}{more} ({report.seconds:.1f} s)"
     table = Table(title=escape(title))
     for column in ("layer", "name", "kind", "place", "heads", "dims", "mask", "rope", "extras", "proof"):
         table.add_column(column, overflow="fold")
@@ -47,6 +49,10 @@ def _sites(report: AttentionReport) -> Table:
         extras = ", ".join(extras_of(site)) or "–"
         rope = rope_text(site.rope, site.head_dim)
         table.add_row(str(site.layer), *map(escape, (site.fqn, *cells, rope, extras, proof_text(site))))
+    for site in report.linear:
+        extras = ", ".join(linear_words(site)) or "–"
+        cells = (site.kind, site.place, heads_text(site), dims_text(site), "–", "–", extras, proof_text(site))
+        table.add_row("–", *map(escape, (site.fqn, *cells)))
     return table
 
 

@@ -1,0 +1,210 @@
+"""What `mixer="same"` gains for models that are linear already: time and peak memory before and after.
+
+    python -m fla_swap.bench.same --device cuda --out results/same-h200.md [--quick]
+
+Three models as transformers builds them, random weights, bf16, hidden size 2048: three linear layers and one of softmax
+attention in the shape of Qwen3-Next (gated delta rule), Bamba (state space) and MiniMax (fixed decay), with small
+feed-forwards. Before: transformers' torch code of the linear layers, which it runs where no kernel package is installed.
+After: the same model, swapped. Forward is a pass over the tokens, prefill the same with a cache, decode one token on
+a cache of 2048, all called from Python. Differences: the largest of the bf16 logits to the original's in fp32, relative
+to the largest logit.
+
+Each model runs in a process of its own, one at a time measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from fla_swap.bench.numerics import environment
+from fla_swap.bench.rewrite import alone, measure
+from fla_swap.inspection import inspect
+from fla_swap.planning import plan
+from fla_swap.swapping import swap_
+
+MODELS = ("qwen3_next", "bamba", "minimax")
+LENGTHS, QUICK_LENGTHS = (2048, 8192), (48, 96)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement: medians in milliseconds, peaks in GiB, of the model before and after."""
+
+    model: str
+    what: str
+    before: float | None = None
+    after: float | None = None
+    before_memory: float | None = None
+    after_memory: float | None = None
+    note: str = ""
+
+
+def build(name: str, device: str, quick: bool) -> nn.Module:
+    """The model with random weights, in bf16."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(_config(name, quick), dtype=torch.bfloat16)
+    return model.eval()
+
+
+def _config(name: str, quick: bool) -> Any:
+    from transformers import BambaConfig, MiniMaxConfig, Qwen3NextConfig
+
+    width = 64 if quick else 2048
+    shared: dict[str, Any] = dict(vocab_size=4096, hidden_size=width, intermediate_size=width, num_hidden_layers=4)
+    shared |= dict(
+        num_attention_heads=width // 32 if quick else 16, num_key_value_heads=2, max_position_embeddings=16384
+    )
+    shared |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    layers = ["linear_attention"] * 3 + ["full_attention"]
+    if name == "bamba":
+        heads = 2 * width // 64
+        state = 16 if quick else 128
+        return BambaConfig(**shared, attn_layer_indices=[3], mamba_n_heads=heads, mamba_d_head=64, mamba_d_state=state)
+    experts: dict[str, Any] = dict(num_experts_per_tok=1)
+    if name == "minimax":
+        heads = dict(head_dim=32 if quick else 128, num_local_experts=2)
+        return MiniMaxConfig(**shared | experts | heads, layer_types=layers)
+    experts |= dict(num_experts=2, moe_intermediate_size=width // 2, shared_expert_intermediate_size=width)
+    sizes = (2, 4, 16) if quick else (16, 32, 128)
+    linear = dict(zip(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"), sizes, strict=True))
+    linear |= dict(linear_value_head_dim=sizes[2], head_dim=32 if quick else 128, layer_types=layers)
+    return Qwen3NextConfig(**shared | experts | linear)
+
+
+@torch.no_grad()
+def work(name: str, device: str, quick: bool, lock: Path, report: Callable[[Row], None]) -> None:
+    """Measure one model before and after; `report` gets every row at once."""
+    model = build(name, device, quick)
+    exact = build(name, device, quick)
+    exact.load_state_dict(model.state_dict())
+    exact.float()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 4096, (1, max(QUICK_LENGTHS if quick else LENGTHS)), generator=generator).to(device)
+    begin = time.perf_counter()
+    found = inspect(model)
+    note = f"inspected in {time.perf_counter() - begin:.1f} s, {len(found.linear)} layers, proved"
+    report(Row(model=name, what="inspect", note=note + f" to {max((s.max_error or 0) for s in found.linear):.1e}"))
+    part = ids[:, : (QUICK_LENGTHS if quick else LENGTHS)[0]]
+    exact_logits = exact(part, use_cache=False).logits
+    del exact
+    apart, results = [], []
+    for step in range(2):
+        if step:
+            swap_(model, plan(found, mixer="same"), keep_originals=False)
+        model(part, use_cache=False)
+        with alone(lock):
+            results.append(_measured(model, ids, device, quick))
+        logits = model(part, use_cache=False).logits.float()
+        apart.append(float((logits - exact_logits).abs().max() / exact_logits.abs().max()))
+    for what in results[0]:
+        (before, memory), (after, smaller) = results[0][what], results[1][what]
+        report(Row(model=name, what=what, before=before, after=after, before_memory=memory, after_memory=smaller))
+    report(Row(model=name, what="difference", before=apart[0], after=apart[1]))
+
+
+def _measured(model: Any, ids: Tensor, device: str, quick: bool) -> dict[str, tuple[float, float | None]]:
+    lengths = QUICK_LENGTHS if quick else LENGTHS
+    found = {}
+    for length in lengths:
+        found[f"forward {length}"] = measure(lambda n=length: model(ids[:, :n], use_cache=False), device)
+    for length in lengths:
+        found[f"prefill {length}"] = measure(lambda n=length: model(ids[:, :n], use_cache=True), device)
+    cache = _cache_of(model(ids[:, : lengths[0]], use_cache=True))
+    found["decode"] = measure(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True), device)
+    return found
+
+
+def _cache_of(outputs: Any) -> Any:
+    return outputs.past_key_values
+
+
+def in_process(name: str, device: str, quick: bool, lock: Path, limit: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "fla_swap.bench.same", "--device", device, "--model", name, "--lock", str(lock)]
+    return subprocess.Popen([*command, *["--quick"] * quick], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Markdown: a line for each model and pass."""
+    lines = ["| model | pass | before | after | faster | memory |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        if row.before is None or row.after is None or row.what == "difference":
+            continue
+        cells = [
+            f"{ms:.2f} ms" + ("" if gib is None else f", {gib:.2f} GiB")
+            for ms, gib in ((row.before, row.before_memory), (row.after, row.after_memory))
+        ]
+        memory = "–"
+        if row.before_memory and row.after_memory:
+            memory = f"{row.before_memory / row.after_memory:.2f}×"
+        lines.append(
+            f"| {row.model} | {row.what} | {cells[0]} | {cells[1]} | {row.before / row.after:.1f}× | {memory} |"
+        )
+    lines += ["", "| model | logits before, to fp32 | after |", "|---|---|---|"]
+    lines += [f"| {r.model} | {r.before:.1e} | {r.after:.1e} |" for r in rows if r.what == "difference"]
+    return [*lines, "", *(f"- {r.model}: {r.note}" for r in rows if r.note)]
+
+
+def write(rows: list[Row], device: str, out: Path) -> None:
+    about = environment(device) | {"command": f"python -m fla_swap.bench.same --device {device} --out {out}"}
+    lines = ['# Models that are linear already: before and after `mixer="same"`', ""]
+    lines += [*(f"- {n}: {v}" for n, v in about.items()), "", " ".join((__doc__ or "").split("\n\n")[2].split()), ""]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join([*lines, *table(rows)]) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fla_swap.bench.same", description="Linear models, swapped.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="the markdown file to write")
+    parser.add_argument("--quick", action="store_true", help="tiny models and lengths, for a CPU")
+    parser.add_argument("--model", action="append", choices=MODELS, help="only this model; may be repeated")
+    parser.add_argument("--time-limit", type=float, default=240.0, help="seconds for all of it")
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.lock:
+
+        def report(row: Row) -> None:
+            sys.stdout.write("ROW " + json.dumps(asdict(row)) + "\n")
+            sys.stdout.flush()
+
+        work(options.model[0], options.device, options.quick, options.lock, report)
+        return 0
+    console, rows, end = Console(width=180), [], time.perf_counter() + options.time_limit
+    with tempfile.TemporaryDirectory() as folder:
+        lock = Path(folder) / "lock"
+        names = options.model or MODELS
+        running = {n: in_process(n, options.device, options.quick, lock, options.time_limit) for n in names}
+        for name, process in running.items():
+            try:
+                text = process.communicate(timeout=max(end - time.perf_counter(), 0.1))[0].decode()
+            except subprocess.TimeoutExpired:
+                process.kill()
+                text = process.communicate()[0].decode()
+            found = [Row(**json.loads(line[4:])) for line in text.splitlines() if line.startswith("ROW ")]
+            if process.returncode:
+                found.append(Row(model=name, what="failed", note=" | ".join(text.strip().splitlines()[-3:])[-400:]))
+            rows += found
+    console.print("\n".join(table(rows)))
+    if options.out:
+        write(rows, options.device, options.out)
+    return 0 if all(any(r.model == n and r.what == "difference" for r in rows) for n in names) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
