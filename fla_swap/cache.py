@@ -260,7 +260,8 @@ def _replacement(stock: Any, index: int) -> StateLayer:
         return StateLayer(stock)
     if not isinstance(stock, (DynamicLayer, StaticLayer)):
         raise SwapError(
-            f"cache layer {index} is a {type(stock).__name__}; states can replace only dynamic, static and linear layers"
+            f"cache layer {index} is a {type(stock).__name__}; states can replace only dynamic and static layers, and "
+            "linear ones"
         )
     if stock.is_initialized and int(stock.get_seq_length()) > 0:
         raise SwapError(

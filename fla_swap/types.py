@@ -172,11 +172,12 @@ class Recurrence:
 
     `mixer`: the one of ours that computes it, `rule` its name in words. `activation` acts on q, k and v, after the
     causal convolution `conv` (rows in the order of q, k, v; taps) where there is one. `decay`: what the decay is made
-    of, `rate` and `dt_bias` its vectors: −exp(rate) · softplus(decay(x) + dt_bias); without `decay` the rate itself,
-    one positive number a head. `step_limits` hold the softplus. `beta`: the write strength, `beta_limit` · sigmoid. `skip`: a factor on v that is added
-    to the output. `scale` on q; `unit`: q and k have unit length. `qk_heads`: heads of q and k, each shared by several
-    of v. `norm` of the heads' outputs, over `norm_width` channels; `gate`, an activation of a projection, is multiplied
-    with them, before the norm if `gate_first`. Low-rank maps have a first half (`_down`, `_rank` outputs).
+    of, `rate` and `dt_bias` its vectors: −exp(rate) · softplus(decay(x) + dt_bias), the softplus held between
+    `step_limits`; without `decay` the rate itself, one positive number a head. `beta`: the write strength,
+    `beta_limit` · sigmoid. `skip`: a factor on v that is added to the output. `scale` on q; `unit`: q and k have unit
+    length. `qk_heads`: heads of q and k, each shared by several of v. `norm` of the heads' outputs, over `norm_width`
+    channels; `gate`, an activation of a projection, is multiplied with them, before the norm if `gate_first`. Low-rank
+    maps have a first half (`_down`, `_rank` outputs).
     """
 
     mixer: str

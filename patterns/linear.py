@@ -193,7 +193,7 @@ def _streams(
     total = found.moved.total
     for conv in convolutions:
         numbers = tokens * total + conv.inputs
-        lies = (shape(conv.out) or ())[-1] == len(conv.inputs)
+        lies = (shape(conv.out) or (0,))[-1] == len(conv.inputs)
         known[conv.out] = numbers if lies else numbers.transpose(1, 2)
         found.used |= {conv.weight.name, *([conv.bias.name] if conv.bias else [])}
     if not convolutions:

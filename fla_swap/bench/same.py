@@ -4,10 +4,10 @@
 
 Three models as transformers builds them, random weights, bf16, hidden size 2048: three linear layers and one of softmax
 attention in the shape of Qwen3-Next (gated delta rule), Bamba (state space) and MiniMax (fixed decay), with small
-feed-forwards. Before: transformers' torch code of the linear layers, which it runs where no kernel package is installed.
-After: the same model, swapped. Forward is a pass over the tokens, prefill the same with a cache, decode one token on
-a cache of 2048, all called from Python. Differences: the largest of the bf16 logits to the original's in fp32, relative
-to the largest logit.
+feed-forwards. Before: transformers' torch code of the linear layers, which it runs where no kernel package is
+installed. After: the same model, swapped. Forward is a pass over the tokens, prefill the same with a cache, decode one
+token on a cache of 2048, all called from Python. Differences: the largest of the bf16 logits to the original's in fp32,
+relative to the largest logit.
 
 Each model runs in a process of its own, one at a time measures.
 """
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from fla_swap.bench.numerics import environment
 from fla_swap.bench.rewrite import alone, measure
@@ -52,7 +52,7 @@ class Row:
     note: str = ""
 
 
-def build(name: str, device: str, quick: bool) -> nn.Module:
+def build(name: str, device: str, quick: bool) -> Any:
     """The model with random weights, in bf16."""
     from transformers import AutoModelForCausalLM
 
@@ -78,11 +78,12 @@ def _config(name: str, quick: bool) -> Any:
         return BambaConfig(**shared, attn_layer_indices=[3], mamba_n_heads=heads, mamba_d_head=64, mamba_d_state=state)
     experts: dict[str, Any] = dict(num_experts_per_tok=1)
     if name == "minimax":
-        heads = dict(head_dim=32 if quick else 128, num_local_experts=2)
-        return MiniMaxConfig(**shared | experts | heads, layer_types=layers)
+        own: dict[str, Any] = dict(head_dim=32 if quick else 128, num_local_experts=2)
+        return MiniMaxConfig(**shared | experts | own, layer_types=layers)
     experts |= dict(num_experts=2, moe_intermediate_size=width // 2, shared_expert_intermediate_size=width)
     sizes = (2, 4, 16) if quick else (16, 32, 128)
-    linear = dict(zip(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"), sizes, strict=True))
+    names = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")
+    linear: dict[str, Any] = dict(zip(names, sizes, strict=True))
     linear |= dict(linear_value_head_dim=sizes[2], head_dim=32 if quick else 128, layer_types=layers)
     return Qwen3NextConfig(**shared | experts | linear)
 
@@ -125,16 +126,12 @@ def _measured(model: Any, ids: Tensor, device: str, quick: bool) -> dict[str, tu
         found[f"forward {length}"] = measure(lambda n=length: model(ids[:, :n], use_cache=False), device)
     for length in lengths:
         found[f"prefill {length}"] = measure(lambda n=length: model(ids[:, :n], use_cache=True), device)
-    cache = _cache_of(model(ids[:, : lengths[0]], use_cache=True))
+    cache = model(ids[:, : lengths[0]], use_cache=True).past_key_values
     found["decode"] = measure(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True), device)
     return found
 
 
-def _cache_of(outputs: Any) -> Any:
-    return outputs.past_key_values
-
-
-def in_process(name: str, device: str, quick: bool, lock: Path, limit: float) -> subprocess.Popen[bytes]:
+def in_process(name: str, device: str, quick: bool, lock: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "fla_swap.bench.same", "--device", device, "--model", name, "--lock", str(lock)]
     return subprocess.Popen([*command, *["--quick"] * quick], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -189,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         lock = Path(folder) / "lock"
         names = options.model or MODELS
-        running = {n: in_process(n, options.device, options.quick, lock, options.time_limit) for n in names}
+        running = {n: in_process(n, options.device, options.quick, lock) for n in names}
         for name, process in running.items():
             try:
                 text = process.communicate(timeout=max(end - time.perf_counter(), 0.1))[0].decode()
