@@ -109,9 +109,20 @@ def _closest(candidates: Sequence[AttentionSite], owner: nn.Module, call: Call) 
         raise VerificationError(
             f"{candidates[0].fqn}: read as {candidates[0].kind}, but what is rebuilt from it differs from the module's "
             f"own output by {errors[best]:.2e} at least (relative, fp32; {len(errors)} readings tried): it computes "
-            f"something else ({candidates[0].source})"
+            f"something else ({candidates[0].source}){_rounded(owner)}"
         )
     return best
+
+
+def _rounded(owner: nn.Module) -> str:
+    """What to know where tables that the module stores are rounded themselves."""
+    half = [n for n, b in owner.named_buffers() if b.dtype in (torch.float16, torch.bfloat16)]
+    if not half:
+        return ""
+    return (
+        f"; it stores {half} in half precision, where they are no powers of one rate: inspect the model in fp32 (the "
+        "plan is for the other too)"
+    )
 
 
 @torch.no_grad()

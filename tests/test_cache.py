@@ -1,5 +1,7 @@
 """The state layer by itself: what transformers asks of a cache layer, and that nothing grows."""
 
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import pytest

@@ -7,7 +7,7 @@ attention in the shape of Qwen3-Next (gated delta rule), Bamba (state space) and
 feed-forwards. Before: transformers' torch code of the linear layers, which it runs where no kernel package is
 installed. After: the same model, swapped. Forward is a pass over the tokens, prefill the same with a cache, decode one
 token on a cache of 2048, all called from Python. Differences: the largest of the bf16 logits to the original's in fp32,
-relative to the largest logit.
+relative to the largest logit. "Out of memory" is more than 30% of the GPU's.
 
 Each model runs in a process of its own, one at a time measures.
 """
@@ -15,6 +15,7 @@ Each model runs in a process of its own, one at a time measures.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -37,6 +38,8 @@ from fla_swap.swapping import swap_
 
 MODELS = ("qwen3_next", "bamba", "minimax")
 LENGTHS, QUICK_LENGTHS = (2048, 8192), (48, 96)
+MEMORY = 0.3
+"""The share of the GPU's memory that one model may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +56,12 @@ class Row:
 
 
 def build(name: str, device: str, quick: bool) -> Any:
-    """The model with random weights, in bf16."""
+    """The model with random weights, in fp32."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(_config(name, quick), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(_config(name, quick))
     return model.eval()
 
 
@@ -91,70 +94,76 @@ def _config(name: str, quick: bool) -> Any:
 @torch.no_grad()
 def work(name: str, device: str, quick: bool, lock: Path, report: Callable[[Row], None]) -> None:
     """Measure one model before and after; `report` gets every row at once."""
+    if device.startswith("cuda"):
+        torch.cuda.set_per_process_memory_fraction(MEMORY)
     model = build(name, device, quick)
-    exact = build(name, device, quick)
-    exact.load_state_dict(model.state_dict())
-    exact.float()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 4096, (1, max(QUICK_LENGTHS if quick else LENGTHS)), generator=generator).to(device)
     begin = time.perf_counter()
     found = inspect(model)
-    note = f"inspected in {time.perf_counter() - begin:.1f} s, {len(found.linear)} layers, proved"
-    report(Row(model=name, what="inspect", note=note + f" to {max((s.max_error or 0) for s in found.linear):.1e}"))
-    part = ids[:, : (QUICK_LENGTHS if quick else LENGTHS)[0]]
-    exact_logits = exact(part, use_cache=False).logits
-    del exact
-    apart, results = [], []
-    for step in range(2):
-        if step:
-            swap_(model, plan(found, mixer="same"), keep_originals=False)
-        model(part, use_cache=False)
-        with alone(lock):
-            results.append(_measured(model, ids, device, quick))
-        logits = model(part, use_cache=False).logits.float()
-        apart.append(float((logits - exact_logits).abs().max() / exact_logits.abs().max()))
-    for what in results[0]:
-        (before, memory), (after, smaller) = results[0][what], results[1][what]
-        report(Row(model=name, what=what, before=before, after=after, before_memory=memory, after_memory=smaller))
-    report(Row(model=name, what="difference", before=apart[0], after=apart[1]))
-
-
-def _measured(model: Any, ids: Tensor, device: str, quick: bool) -> dict[str, tuple[float, float | None]]:
+    took, errors = time.perf_counter() - begin, [s.max_error or 0.0 for s in found.linear]
+    note = f"{len(errors)} linear layers found in {took:.1f} s, proved to {max(errors):.1e} in fp32"
+    report(Row(model=name, what="inspect", note=note))
     lengths = QUICK_LENGTHS if quick else LENGTHS
-    found = {}
-    for length in lengths:
-        found[f"forward {length}"] = measure(lambda n=length: model(ids[:, :n], use_cache=False), device)
-    for length in lengths:
-        found[f"prefill {length}"] = measure(lambda n=length: model(ids[:, :n], use_cache=True), device)
-    cache = model(ids[:, : lengths[0]], use_cache=True).past_key_values
-    found["decode"] = measure(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True), device)
-    return found
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 4096, (1, max(lengths)), generator=generator).to(device)
+    short = ids[:, : lengths[0]]
+    exact = model(short, use_cache=False).logits
+    before = copy.deepcopy(model).to(torch.bfloat16)
+    after = swap_(model, plan(found, mixer="same"), keep_originals=False).to(torch.bfloat16)
+    logits = [m(short, use_cache=False).logits.float() for m in (before, after)]
+    apart = [float((x - exact).abs().max() / exact.abs().max()) for x in logits]
+    report(Row(model=name, what="difference", before=apart[0], after=apart[1]))
+    del exact, logits
+    caches = {id(m): m(short, use_cache=True).past_key_values for m in (before, after)}
+
+    def decode(m: Any) -> None:
+        m(ids[:, :1], past_key_values=caches[id(m)], use_cache=True)
+
+    passes: dict[str, Callable[[Any], Any]] = {"decode": decode}
+    for n in lengths:
+        passes[f"forward {n}"] = lambda m, n=n: m(ids[:, :n], use_cache=False)
+        passes[f"prefill {n}"] = lambda m, n=n: m(ids[:, :n], use_cache=True)
+    for what, run in passes.items():
+        cells = [_measured(lambda m=m, run=run: run(m), device, lock) for m in (before, after)]
+        (old, old_memory), (new, new_memory) = cells
+        report(Row(model=name, what=what, before=old, after=new, before_memory=old_memory, after_memory=new_memory))
+
+
+def _measured(run: Callable[[], Any], device: str, lock: Path) -> tuple[float | None, float | None]:
+    """(milliseconds, peak GiB), None where it ran out of memory."""
+    try:
+        with alone(lock):
+            return measure(run, device)
+    except torch.OutOfMemoryError:
+        return None, None
+    finally:
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
 
 def in_process(name: str, device: str, quick: bool, lock: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "fla_swap.bench.same", "--device", device, "--model", name, "--lock", str(lock)]
+    command = [sys.executable, "-m", "fla_swap.bench.same", "--device", device, "--model", name, "--rows"]
+    command += ["--lock", str(lock)]
     return subprocess.Popen([*command, *["--quick"] * quick], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def table(rows: list[Row]) -> list[str]:
     """Markdown: a line for each model and pass."""
     lines = ["| model | pass | before | after | faster | memory |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        if row.before is None or row.after is None or row.what == "difference":
-            continue
-        cells = [
-            f"{ms:.2f} ms" + ("" if gib is None else f", {gib:.2f} GiB")
-            for ms, gib in ((row.before, row.before_memory), (row.after, row.after_memory))
-        ]
-        memory = "–"
-        if row.before_memory and row.after_memory:
-            memory = f"{row.before_memory / row.after_memory:.2f}×"
-        lines.append(
-            f"| {row.model} | {row.what} | {cells[0]} | {cells[1]} | {row.before / row.after:.1f}× | {memory} |"
-        )
+    for row in (r for r in rows if r.what.split()[0] in ("forward", "prefill", "decode")):
+        cells = [_cell(row.before, row.before_memory), _cell(row.after, row.after_memory)]
+        faster = f"{row.before / row.after:.1f}×" if row.before and row.after else "–"
+        sizes = row.before_memory, row.after_memory
+        memory = f"{sizes[0] / sizes[1]:.2f}×" if sizes[0] and sizes[1] else "–"
+        lines.append(f"| {row.model} | {row.what} | {cells[0]} | {cells[1]} | {faster} | {memory} |")
     lines += ["", "| model | logits before, to fp32 | after |", "|---|---|---|"]
     lines += [f"| {r.model} | {r.before:.1e} | {r.after:.1e} |" for r in rows if r.what == "difference"]
     return [*lines, "", *(f"- {r.model}: {r.note}" for r in rows if r.note)]
+
+
+def _cell(milliseconds: float | None, gigabytes: float | None) -> str:
+    if milliseconds is None:
+        return "out of memory"
+    return f"{milliseconds:.2f} ms" + ("" if gigabytes is None else f", {gigabytes:.2f} GiB")
 
 
 def write(rows: list[Row], device: str, out: Path) -> None:
@@ -172,9 +181,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny models and lengths, for a CPU")
     parser.add_argument("--model", action="append", choices=MODELS, help="only this model; may be repeated")
     parser.add_argument("--time-limit", type=float, default=240.0, help="seconds for all of it")
-    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--lock", type=Path, help="file whose lock is held while something is measured")
+    parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.lock:
+    if options.rows:
 
         def report(row: Row) -> None:
             sys.stdout.write("ROW " + json.dumps(asdict(row)) + "\n")
@@ -184,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     console, rows, end = Console(width=180), [], time.perf_counter() + options.time_limit
     with tempfile.TemporaryDirectory() as folder:
-        lock = Path(folder) / "lock"
+        lock = options.lock or Path(folder) / "lock"
         names = options.model or MODELS
         running = {n: in_process(n, options.device, options.quick, lock) for n in names}
         for name, process in running.items():
