@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from fla_swap.bench.numerics import environment
 from fla_swap.bench.rewrite import alone, measure
