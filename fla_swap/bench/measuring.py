@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from fla_swap.bench.catalogue import Case, Shape, by_name
 from fla_swap.bench.timing import peak, synchronize, timed
-from fla_swap.bench.turns import Turn, tune_alone
+from fla_swap.bench.turns import Turn, keep_choices, tune_alone
 from fla_swap.bench.work import Rates, size
 
 Call = Callable[[Mapping[str, Tensor]], Tensor]
@@ -244,9 +246,9 @@ def rates(device: str) -> Rates:
     elements, n = (1 << 29, 8192) if cuda else (1 << 20, 128)
     source = torch.zeros(elements, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    copy = timed(lambda: target.copy_(source), device).milliseconds
+    copy = timed(lambda: target.copy_(source), device, graph=False).milliseconds
     a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
-    product = timed(lambda: a @ b, device).milliseconds
+    product = timed(lambda: a @ b, device, graph=False).milliseconds
     if cuda:
         from fla_swap.bench.exponentials import run
 
@@ -255,7 +257,7 @@ def rates(device: str) -> Rates:
         x = torch.zeros(1 << 16)
         operations, run_exponentials = x.numel(), lambda: x.exp()
     run_exponentials()
-    exponential = timed(run_exponentials, device).milliseconds
+    exponential = timed(run_exponentials, device, graph=False).milliseconds
     return Rates(
         copy=2 * size([source]) / copy * 1e3,
         product=2 * n**3 / product * 1e3,
@@ -267,11 +269,17 @@ def short(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
 
 
+def keep(choices: Path | None) -> None:
+    if choices is not None:
+        keep_choices(Path(os.environ["TRITON_CACHE_DIR"]), choices)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fla_swap.bench.measuring")
     parser.add_argument("--task", type=json.loads, required=True)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--lock", type=Path, required=True)
+    parser.add_argument("--choices", type=Path, help="keeps what the autotuners of this process choose")
     options = parser.parse_args(arguments)
     task = Task.of(options.task)
     turn = Turn(options.lock, options.rows.with_suffix(".waited"))
@@ -281,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file.write(json.dumps(asdict(rates(task.device))) + "\n")
             return 0
         if task.device.startswith("cuda") and task.way != "ours":
-            tune_alone(turn, task.threads)
+            tune_alone(turn, task.threads, partial(keep, options.choices))
         if task.kind == "decode":
             from fla_swap.bench.decode import measure as rows
         else:
@@ -289,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows(task, turn):
             file.write(json.dumps(asdict(row)) + "\n")
             file.flush()
+            keep(options.choices)
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fla_swap.bench.measuring import Task
-from fla_swap.bench.turns import LONGEST, keep_choices, keep_kernels, use_choices
+from fla_swap.bench.turns import LONGEST, keep_kernels, use_choices
 
 Lines = list[dict[str, Any]]
 
@@ -54,6 +54,7 @@ def run_task(
             task = replace(task, cold=False)
         command = [sys.executable, "-m", "fla_swap.bench.measuring", "--task", json.dumps(asdict(task))]
         command += ["--rows", str(rows), "--lock", str(place.lock)]
+        command += [] if choices is None else ["--choices", str(choices)]
         caches = {
             "TRITON_CACHE_DIR": str(triton if shared is None or task.cold else shared),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
@@ -71,8 +72,6 @@ def run_task(
                 note = f"kept the GPU longer than {LONGEST} s"
             elif note == "" and process.returncode:
                 note = " | ".join(log.read().strip().splitlines()[-3:])[-400:] or f"exit status {process.returncode}"
-        if choices is not None:
-            keep_choices(triton, choices)
         if shared is not None and task.cold:
             keep_kernels(triton, shared)
         return _lines(rows), note

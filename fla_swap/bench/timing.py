@@ -42,14 +42,19 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(run: Call, device: str, *, quick: bool = False) -> Timing:
-    """The median of a call that has run before (so that nothing compiles here)."""
+def timed(run: Call, device: str, *, quick: bool = False, graph: bool = True) -> Timing:
+    """The median of a call that has run before (so that nothing compiles here).
+
+    `graph=False` for one long operation of PyTorch: in a graph a copy would be another engine's, and slower.
+    """
     if not device.startswith("cuda"):
         return Timing(milliseconds=_host(run), clock="host")
     warmup, repeat = QUICK if quick else (WARMUP, REPEAT)
+    if not graph:
+        return Timing(milliseconds=_events(run, warmup, repeat), clock="events")
     try:
-        with captured(run) as graph:
-            return Timing(milliseconds=_events(graph.replay, warmup, repeat), clock="graph")
+        with captured(run) as replays:
+            return Timing(milliseconds=_events(replays.replay, warmup, repeat), clock="graph")
     except Exception as error:
         torch.cuda.synchronize()
         reason = f"not captured in a CUDA graph, timed by events: {type(error).__name__}: {error}"

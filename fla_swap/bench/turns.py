@@ -57,8 +57,11 @@ class Turn:
         self.notes.write_text(json.dumps([self.waited, since]))
 
 
-def tune_alone(turn: Turn, threads: int) -> None:
-    """Autotuners of this process time their configurations alone on the GPU, and compile them ahead in `threads`."""
+def tune_alone(turn: Turn, threads: int, searching: Callable[[], None] = lambda: None) -> None:
+    """Autotuners of this process time their configurations alone on the GPU, and compile them ahead in `threads`.
+
+    `searching` is called at the start of every search, when what the last one chose is in Triton's cache.
+    """
     import triton.testing
     from triton.runtime.autotuner import Autotuner
 
@@ -73,6 +76,7 @@ def tune_alone(turn: Turn, threads: int) -> None:
     def _bench(self: Any, *args: Any, config: Any, **options: Any) -> Any:
         if self.__dict__.get("compiled_for") is not self.nargs:  # made anew by every search
             self.compiled_for = self.nargs
+            searching()
             compile_ahead(self, args, options, threads)
         return bench(self, *args, config=config, **options)
 
@@ -105,7 +109,8 @@ def keep_choices(cache: Path, choices: Path) -> None:
     """Keep what the autotuners of a process chose."""
     for path in cache.glob(CHOICES):
         if not (choices / path.parent.name / path.name).exists():
-            _copy(path, choices / path.parent.name / path.name)
+            with suppress(FileNotFoundError):  # another process with the same kernel was faster
+                _copy(path, choices / path.parent.name / path.name)
 
 
 def keep_kernels(cache: Path, kernels: Path) -> None:
