@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from fla_swap.kernels.common import triton_interpreted
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 # Modules whose NUMERICS_CASES are compared. A case is a dict: "op", "reference", "make" (device, dtype, T, H, D, seed →
-# tensor arguments), "kwargs" (static arguments), and optionally "name" and "gates" (arguments with the gate bar).
+# tensor arguments), "kwargs" (static arguments), and optionally "name", "gates" (arguments with the gate bar), "shapes"
+# ((T, D), …: these instead of `shapes()`, in a quick run the short ones) and "seeds" (how many, from the run's on).
 CASE_MODULES = tuple(
     "fla_swap." + ".".join(path.relative_to(KERNELS.parent).with_suffix("").parts)
     for path in sorted(KERNELS.rglob("*.py"))
@@ -32,6 +33,7 @@ BARS = {
     "bfloat16": {"output": 5e-3, "state": 5e-3, "gradient": 8e-3, "gate gradient": 2e-2},
 }
 ZERO_BAR = 1e-5
+QUICK_TIME = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +238,9 @@ def poison(device: str) -> None:
 
 def run_case(name: str, case: Mapping[str, Any], settings: Settings) -> Iterator[Row]:
     """Every shape and dtype of one case."""
+    if "shapes" in case:
+        yield from _run_own_shapes(name, case, settings)
+        return
     for shape in shapes(settings.device, settings.quick):
         if shape.extreme and not set(case.get("gates", GATES)) & _arguments(case):
             continue
@@ -243,6 +248,16 @@ def run_case(name: str, case: Mapping[str, Any], settings: Settings) -> Iterator
             continue
         for dtype in settings.dtypes:
             yield from compare(name, case, shape, getattr(torch, dtype), settings)
+
+
+def _run_own_shapes(name: str, case: Mapping[str, Any], settings: Settings) -> Iterator[Row]:
+    longest = QUICK_TIME if settings.quick else max(time for time, _ in case["shapes"])
+    for time, width in case["shapes"]:
+        for seed in range(settings.seed, settings.seed + (1 if settings.quick else case.get("seeds", 1))):
+            for dtype in settings.dtypes if time <= longest else ():
+                chosen = replace(settings, seed=seed)
+                for row in compare(name, case, Shape(time=time, width=width), getattr(torch, dtype), chosen):
+                    yield replace(row, shape=f"{row.shape} seed {seed}") if case.get("seeds", 1) > 1 else row
 
 
 def _arguments(case: Mapping[str, Any]) -> set[str]:
