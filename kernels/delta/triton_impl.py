@@ -95,6 +95,31 @@ class Problem:
         return self.key_tile, min(128, max(64, _power(self.value_width)))
 
     @property
+    def forward_walk(self) -> tuple[int, int, int]:
+        """Tile of V, warps, stages. Only three stages load a chunk while the one before it is worked on."""
+        if self.roomy and self.value_width > 64:
+            return 128, 8, 3
+        return 64, 4, 3 if self.roomy else 1
+
+    @property
+    def backward_walk(self) -> tuple[int, int, int]:
+        if self.roomy and self.value_width > 64:
+            return 128, 8, 2 if self.gate == 2 else 3
+        return 64, 4, 2 if self.roomy else 1
+
+    @property
+    def prepare_warps(self) -> int:
+        return 4 if self.dtype == torch.float32 else 2
+
+    @property
+    def pair_warps(self) -> int:
+        return 8
+
+    @property
+    def key_warps(self) -> int:
+        return 4
+
+    @property
     def precision(self) -> str:
         """Of products with an fp32 side: as exact as fp32 for fp32 inputs, tf32 for narrower ones."""
         if triton_interpreted() and self.chunks.device.type == "cpu":
@@ -128,6 +153,11 @@ class Problem:
         """Launch with `programs` × `columns` programs, the arguments in `common` where the kernel has them."""
         arguments = {name: value for name, value in self.common.items() if name in kernel.arg_names} | given
         self.launch(kernel, (programs, columns), warps, stages, **arguments)
+
+    def run_some(self, kernel: Any, programs: int, given: dict[str, Any], *, warps: int = 4) -> None:
+        """Launch with those of `given` that the kernel takes."""
+        known = {name: value for name, value in given.items() if name in kernel.arg_names}
+        self.run(kernel, programs, warps=warps, **known)
 
 
 def _problem(
@@ -272,7 +302,7 @@ def _prepare(
     p.run(
         kernels.prepare_kernel,
         p.slots,
-        warps=4 if p.dtype == torch.float32 else 2,
+        warps=p.prepare_warps,
         q=q,
         k=k,
         g=beta if g is None else g,
@@ -318,10 +348,12 @@ def forward(
     o = p.new(v.shape, v.dtype)
     shape = (p.sequence_count, p.value_heads, p.width, p.value_width) if output_final_state else (0,)
     final = p.scratch(*shape, dtype=torch.float32)
+    size, warps, stages = p.forward_walk
     p.run(
         kernels.forward_kernel,
-        p.sequence_count * p.value_heads * _count(p.value_width, TILE),
-        stages=2 if p.roomy else 1,
+        p.sequence_count * p.value_heads * _count(p.value_width, size),
+        warps=warps,
+        stages=stages,
         v=v,
         beta=beta,
         solution=kept.solution,
@@ -330,12 +362,12 @@ def forward(
         v_new=kept.v_new,
         final=final,
         scale=scale,
-        BV=TILE,
+        BV=size,
         HAS_INITIAL=initial_state is not None,
         SAVE=save,
         FINAL=output_final_state,
-        MASK=p.masked((p.width, p.key_tile), (p.value_width, TILE)),
-        STAGES=2 if p.roomy else 1,
+        MASK=p.masked((p.width, p.key_tile), (p.value_width, size)),
+        STAGES=stages,
         **_walk_arguments(keys, p),
     )
     return o, final, kept
@@ -389,37 +421,32 @@ def backward(
     else:
         keys = _head_keys(p, q, k, kept.rows, qk_l2norm)
     du, d_states = p.scratch(*v.shape), p.scratch(p.slots, p.value_width, p.width)
-    size = 128 if p.roomy and p.value_width > 64 else TILE
-    columns = _count(p.value_width, size)
-    from_v = p.scratch(columns, p.slots, CHUNK, dtype=torch.float32)
+    size, warps, stages = p.backward_walk
     shape = (p.sequence_count, p.value_heads, p.width, p.value_width) if initial_state is not None else (0,)
     d_initial = p.scratch(*shape, dtype=torch.float32)
     p.run(
         kernels.backward_kernel,
-        p.sequence_count * p.value_heads * columns,
-        warps=8 if size == 128 else 4,
-        stages=2 if p.roomy else 1,
-        v=v,
+        p.sequence_count * p.value_heads * _count(p.value_width, size),
+        warps=warps,
+        stages=stages,
         d_o=d_o,
         beta=beta,
         solution=kept.solution,
-        d_final=from_v if d_final is None else d_final.contiguous(),
+        d_final=d_initial if d_final is None else d_final.contiguous(),
         du=du,
         d_states=d_states,
-        from_v=from_v,
         d_initial=d_initial,
-        slots=p.slots,
         scale=scale,
         BV=size,
         HAS_FINAL=d_final is not None,
         INITIAL=initial_state is not None,
         MASK=p.masked((p.width, p.key_tile), (p.value_width, size)),
-        STAGES=2 if p.roomy else 1,
+        STAGES=stages,
         **_walk_arguments(keys, p),
     )
-    shared = {"d_o": d_o, "du": du, "v_new": kept.v_new, "d_states": d_states, "from_v": from_v, "beta": beta}
-    shared |= {"states": _states(p, keys, kept.v_new, initial_state), "VB": columns, "slots": p.slots}
-    shared |= {"q": q, "k": k, "V": p.value_width, "scale": scale, "NORMALISE": qk_l2norm}
+    shared = {"d_o": d_o, "du": du, "v_new": kept.v_new, "d_states": d_states, "beta": beta, "slots": p.slots}
+    shared |= {"states": _states(p, keys, kept.v_new, initial_state), "v": v, "V": p.value_width}
+    shared |= {"q": q, "k": k, "scale": scale, "NORMALISE": qk_l2norm}
     shared |= {"q_norm": keys.norms[0], "k_norm": keys.norms[1]}
     d_q, d_k, d_v, d_g, d_beta = _gradients(p, keys, g, beta, kept, shared)
     return (
@@ -446,19 +473,20 @@ def _gradients(
     if p.gate == 2:
         key_tile, value_tile = 64, 64
     columns = _count(p.width, key_tile)
-    parts = p.scratch(0 if fused else columns, 4, p.slots, CHUNK, dtype=torch.float32)
-    shared |= {"dq": d_q, "dk": d_k, "dv": d_v, "dg": d_beta if d_g is None else d_g, "parts": parts}
-    shared |= {"BK": key_tile, "BV": value_tile, "MASK": p.masked((p.width, key_tile), (p.value_width, value_tile))}
+    parts = p.scratch(columns, 4, p.slots, CHUNK, dtype=torch.float32)
+    sums = p.scratch(2 if p.gate == 2 else 5, p.slots, CHUNK, dtype=torch.float32)
+    given: dict[str, Any] = {"BK": key_tile, "BV": value_tile, "parts": parts, "sums": sums, "gates": keys.gates}
+    given |= {"dq": d_q, "dk": d_k, "dv": d_v, "dg": d_beta if d_g is None else d_g, "d_beta": d_beta, "GATE": p.gate}
+    given |= {"MASK": p.masked((p.width, key_tile), (p.value_width, value_tile)), "FUSED": fused, "pair": kept.scores}
+    given["weights"] = p.scratch(2 if p.gate == 2 else 3, p.slots, CHUNK, CHUNK)
+    given |= {"summed": keys.summed, "whole": keys.gates, "EXACT": p.exact, "TILES": columns, **shared}
     if p.gate == 2:
-        given = {"summed": keys.summed, "whole": keys.gates, "EXACT": p.exact}
-        p.run(channels.channel_gradient_kernel, p.slots, columns=columns, **given, **shared)
+        p.run_some(channels.channel_scores_kernel, p.slots, given, warps=p.pair_warps)
+        p.run_some(channels.channel_gradient_kernel, p.slots * columns, given)
     else:
-        given = {"pair": kept.scores, "gates": keys.gates, "d_beta": d_beta, "GATE": p.gate, "FUSED": fused}
-        warps = 8 if key_tile == 128 else 4
-        p.run(gradients.gradient_kernel, p.slots, columns=columns, warps=warps, **given, **shared)
-    if not fused:
-        given = {"parts": parts, "dg": shared["dg"], "d_beta": d_beta, "slots": p.slots}
-        p.run(gradients.gates_kernel, p.slots, **given, TILES=columns, GATE=p.gate)
+        p.run_some(gradients.pair_gradient_kernel, p.slots, given, warps=p.pair_warps)
+        p.run_some(gradients.key_gradient_kernel, p.slots * columns, given, warps=p.key_warps)
+    p.run_some(gradients.gates_kernel, p.slots, given)
     return d_q, d_k, d_v, d_g, d_beta
 
 

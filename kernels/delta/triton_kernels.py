@@ -210,23 +210,20 @@ def state_kernel(
         state = mm_add(new, key, state, PRECISION)
 
 
-@triton.jit(do_not_specialize=["T", "slots"])
+@triton.jit(do_not_specialize=["T"])
 def backward_kernel(
-    q, k, k_out, v, d_o, beta, gates, q_norm, k_norm, solution, d_final, du, d_states, from_v, d_initial,
-    chunks, sequences, T, slots, scale,
+    q, k, k_out, d_o, beta, gates, q_norm, k_norm, solution, d_final, du, d_states, d_initial, chunks, sequences, T,
+    scale,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, NORMALISE: tl.constexpr, PACKED: tl.constexpr, HAS_FINAL: tl.constexpr,
     INITIAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk to the first: dS, and X = Tᵀ (e^(G_last − G) k dS + Aᵀ do) into `du`.
-
-    `from_v` [tile of V, slots, 64] gets X·v.
     `d_states` [slots, V, K] gets dS at each chunk's end.
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
-    block = pid % blocks
-    v0 = block * BV
+    v0 = (pid % blocks) * BV
     pid = pid // blocks
     n, h = pid // HV, pid % HV
     first, count = sequence_chunks(n, sequences, T, PACKED)
@@ -244,7 +241,7 @@ def backward_kernel(
         outer = tl.trans(tile(d_o + at_v, HV * V, rows, V - v0, L, BV, MASK))
         read = tile(solution + (slot * 2 + 1) * L * L, L, L, L, L, L, False)
         solve = tile(solution + slot * 2 * L * L, L, L, L, L, L, False)
-        value = tile(v + at_v, HV * V, rows, V - v0, L, BV, MASK)
+        query = tile(q + at, stride, rows, K, L, BK, MASK)
         factor = column(beta + row0 * HV + h, rows, HV)
         from_q, from_k, to_end = _factors(gates, q_norm, k_norm, slot, GATE, NORMALISE)
         narrow = grad.to(ending.dtype)
@@ -254,10 +251,8 @@ def backward_kernel(
             new *= to_end[None, :]
         new = mm_add_wide(new, solve, mm_add(outer, read, new, PRECISION), PRECISION)
         put(du + at_v, tl.trans(new.to(du.dtype.element_ty)), HV * V, rows, V - v0, L, BV, MASK)
-        found = tl.sum(new * tl.trans(value).to(tl.float32), 0)
-        tl.store(from_v + (block * slots + slot) * L + tl.arange(0, L), found)
-        query = tile(q + at, stride, rows, K, L, BK, MASK)
-        if STAGES == 1:  # read again, so that it need not lie in shared memory beside q
+        if STAGES == 1:  # read again, so that not all need lie in shared memory at once
+            query = tile(q + at, stride, rows, K, L, BK, MASK)
             ending = tile(k_out + at, stride, rows, K, L, BK, MASK)
         grad = _decayed(grad, gates, slot, K, BK, GATE)
         if GATE == 2:
