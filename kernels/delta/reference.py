@@ -80,7 +80,7 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state
     return torch.stack(rows, 1) if rows else v, state
 
 
-def _make_inputs(
+def make_inputs(
     device: torch.device | str,
     dtype: torch.dtype,
     T: int,
@@ -114,7 +114,7 @@ def _delta_rule_reference(
     return gated_delta_rule_reference(q, k, v, None, beta, **options)
 
 
-def _operator(name: str) -> Callable[..., Any]:
+def operator(name: str) -> Callable[..., Any]:
     """The public operator, looked up when called: `ops` imports this module."""
 
     def call(**arguments: Any) -> Any:
@@ -126,94 +126,27 @@ def _operator(name: str) -> Callable[..., Any]:
     return call
 
 
-_OPTIONS = {"output_final_state": True, "qk_l2norm": True}
-_PLAIN_CASES: tuple[dict[str, Any], ...] = (
+OPTIONS = {"output_final_state": True, "qk_l2norm": True}
+NUMERICS_CASES: tuple[dict[str, Any], ...] = (
     {
         "name": "gated_delta_rule",
-        "op": _operator("gated_delta_rule"),
+        "op": operator("gated_delta_rule"),
         "reference": gated_delta_rule_reference,
-        "make": _make_inputs,
-        "kwargs": _OPTIONS,
+        "make": make_inputs,
+        "kwargs": OPTIONS,
     },
     {
         "name": "delta_rule",
-        "op": _operator("delta_rule"),
+        "op": operator("delta_rule"),
         "reference": _delta_rule_reference,
-        "make": partial(_make_inputs, gated=False),
-        "kwargs": _OPTIONS,
+        "make": partial(make_inputs, gated=False),
+        "kwargs": OPTIONS,
     },
     {
         "name": "kda",
-        "op": _operator("kda"),
+        "op": operator("kda"),
         "reference": gated_delta_rule_reference,
-        "make": partial(_make_inputs, channels=True),
-        "kwargs": _OPTIONS,
+        "make": partial(make_inputs, channels=True),
+        "kwargs": OPTIONS,
     },
 )
-
-
-def _hard_inputs(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    T: int,
-    H: int,
-    D: int,
-    seed: int,
-    *,
-    gates: tuple[float, ...] = (),
-    channels: bool = False,
-    repeated: bool = False,
-    largest: float = 1.0,
-) -> dict[str, Tensor]:
-    """`_make_inputs` with B = 1, every gate one of `gates`, β up to `largest`, and one key for all tokens if asked."""
-    tensors = {name: x.detach() for name, x in _make_inputs("cpu", torch.float32, T, H, D, seed).items()}
-    tensors = {name: x[:1] for name, x in tensors.items() if name != "g"}
-    tensors["beta"] *= largest / 2
-    if repeated:
-        tensors["k"] = tensors["k"][:, :1].expand(-1, T, -1, -1).clone()
-    if gates:
-        shape = (1, T, 2 * H, *((D,) if channels else ()))
-        chosen = torch.randint(len(gates), shape, generator=torch.Generator().manual_seed(seed))
-        tensors["g"] = torch.tensor(gates)[chosen]
-    return {
-        name: x.to(device, torch.float32 if name == "initial_state" else dtype).requires_grad_()
-        for name, x in tensors.items()
-    }
-
-
-def _chunked(name: str) -> Callable[..., Any]:
-    """The operator's PyTorch chunks in float64, where a loop over all steps would take too much memory."""
-    return partial(_operator(name), implementation="torch")
-
-
-def _hard_cases() -> tuple[dict[str, Any], ...]:
-    """What breaks delta rules: repeated keys, β to 2 without decay, gates that forget all or nothing, many steps."""
-    references = {case["name"]: case["reference"] for case in _PLAIN_CASES}
-    found = []
-    for name, note, shapes, options in (
-        ("delta_rule", "one key repeated, beta to 1", ((130, 64), (1000, 128)), {"repeated": True}),
-        ("delta_rule", "random unit keys, beta to 2", ((130, 64), (1000, 128)), {"largest": 2.0}),
-        ("gated_delta_rule", "gates 0 and -10", ((1, 64), (130, 64), (1000, 128)), {"gates": (0.0, -10.0)}),
-        ("kda", "gates 0 and -10", ((1, 64), (130, 64), (1000, 128)), {"gates": (0.0, -10.0), "channels": True}),
-        ("delta_rule", "65,536 steps", ((65_536, 64),), {}),
-        ("gated_delta_rule", "65,536 steps", ((65_536, 64),), {"gates": (0.0, -0.001, -10.0)}),
-        ("kda", "65,536 steps", ((65_536, 64),), {"gates": (0.0, -0.001, -10.0), "channels": True}),
-        ("gated_delta_rule", "20 seeds", ((300, 64),), {"gates": (0.0, -0.01, -1.0, -10.0), "largest": 2.0}),
-        ("kda", "20 seeds", ((300, 64),), {"gates": (0.0, -0.01, -1.0, -10.0), "channels": True, "largest": 2.0}),
-    ):
-        long = "steps" in note
-        found.append(
-            {
-                "name": f"{name}, {note}",
-                "op": _operator(name),
-                "reference": _chunked(name) if long else references[name],
-                "make": partial(_hard_inputs, **options),
-                "kwargs": _OPTIONS,
-                "shapes": shapes,
-                "seeds": 20 if "seeds" in note else 1,
-            }
-        )
-    return tuple(found)
-
-
-NUMERICS_CASES = _PLAIN_CASES + _hard_cases()

@@ -96,28 +96,16 @@ class Problem:
 
     @property
     def forward_walk(self) -> tuple[int, int, int]:
-        """Tile of V, warps, stages. Only three stages load a chunk while the one before it is worked on."""
-        if self.roomy and self.value_width > 64:
+        """Tile of V, warps and stages, as measured on an H200: blocks that share a multiprocessor beat prefetching."""
+        if self.roomy and self.gate == 2 and self.value_width > 64:
             return 128, 8, 3
-        return 64, 4, 3 if self.roomy else 1
+        return 64, 4, 2 if self.roomy else 1
 
     @property
     def backward_walk(self) -> tuple[int, int, int]:
         if self.roomy and self.value_width > 64:
             return 128, 8, 2 if self.gate == 2 else 3
         return 64, 4, 2 if self.roomy else 1
-
-    @property
-    def prepare_warps(self) -> int:
-        return 4 if self.dtype == torch.float32 else 2
-
-    @property
-    def pair_warps(self) -> int:
-        return 8
-
-    @property
-    def key_warps(self) -> int:
-        return 4
 
     @property
     def precision(self) -> str:
@@ -302,7 +290,7 @@ def _prepare(
     p.run(
         kernels.prepare_kernel,
         p.slots,
-        warps=p.prepare_warps,
+        warps=4 if p.dtype == torch.float32 else 2,
         q=q,
         k=k,
         g=beta if g is None else g,
@@ -481,11 +469,11 @@ def _gradients(
     given["weights"] = p.scratch(2 if p.gate == 2 else 3, p.slots, CHUNK, CHUNK)
     given |= {"summed": keys.summed, "whole": keys.gates, "EXACT": p.exact, "TILES": columns, **shared}
     if p.gate == 2:
-        p.run_some(channels.channel_scores_kernel, p.slots, given, warps=p.pair_warps)
+        p.run_some(channels.channel_scores_kernel, p.slots, given, warps=8)
         p.run_some(channels.channel_gradient_kernel, p.slots * columns, given)
     else:
-        p.run_some(gradients.pair_gradient_kernel, p.slots, given, warps=p.pair_warps)
-        p.run_some(gradients.key_gradient_kernel, p.slots * columns, given, warps=p.key_warps)
+        p.run_some(gradients.pair_gradient_kernel, p.slots, given)
+        p.run_some(gradients.key_gradient_kernel, p.slots * columns, given)
     p.run_some(gradients.gates_kernel, p.slots, given)
     return d_q, d_k, d_v, d_g, d_beta
 

@@ -312,8 +312,7 @@ def test_exports():
 
 
 def test_numerics_cases_are_complete():
-    assert [case["name"] for case in NUMERICS_CASES][:3] == ["gated_delta_rule", "delta_rule", "kda"]
-    assert len({case["name"] for case in NUMERICS_CASES}) == len(NUMERICS_CASES)
+    assert [case["name"] for case in NUMERICS_CASES] == ["gated_delta_rule", "delta_rule", "kda"]
     for case in NUMERICS_CASES:
         x = case["make"](DEVICE, torch.float32, 5, 1, 8, 0)
         o, _ = case["op"](**x, **case["kwargs"])
