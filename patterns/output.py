@@ -30,6 +30,7 @@ from fla_swap.patterns.graph import (
     modules_of,
     op_name,
     shape,
+    source_of,
 )
 from fla_swap.patterns.norm import NormFacts, NormRefused, QKNorm, state_norm
 from fla_swap.patterns.normalise import SOFTMAX
@@ -338,7 +339,11 @@ def find_boundary(owner: str, inputs: Sequence[Linear], o: Output, graph: Captur
         return Refused(f"the heads of {owner!r} read {max(map(len, sides))} different tensors", o.out)
     hidden, memory, values = entries[:3]
     if memory is not values:
-        return Refused(f"the keys are made of {memory.name}, the values of {values.name}", values)
+        made = [f"{op_name(n)} ({source_of(n)})" if source_of(n) else n.name for n in (memory, values)]
+        return Refused(
+            f"the keys are made of what {made[0]} gives, the values of what {made[1]} gives: a site has one memory",
+            values,
+        )
     end = last = o.out
     residual = None
     while users := [u for u in readers(last) if u in members]:

@@ -139,7 +139,7 @@ SITES: dict[str, tuple[str, Callable[[AttentionSite], AttentionSite]]] = {
     "norm without its weight": ("qwen3", replaced("q_norm", weight=None)),
     "the other norm's weight": (
         "qwen3",
-        lambda s: dataclasses.replace(s, q_norm=dataclasses.replace(s.q_norm, weight=s.k_norm.weight)),
+        lambda s: replaced("q_norm", weight=s.k_norm and s.k_norm.weight)(s),
     ),
     "layer norm for RMS norm": ("qwen3", replaced("q_norm", kind="layer")),
     "norm of each head for one across heads": ("olmo2", replaced("q_norm", across_heads=False, weight=None)),
@@ -149,6 +149,17 @@ SITES: dict[str, tuple[str, Callable[[AttentionSite], AttentionSite]]] = {
     "clamp dropped": ("olmo", stated(clip=None)),
     "clamp, a tenth more": ("olmo", stated(clip=lambda c: c * 1.1)),
     "a temperature where there is none": ("llama", stated(temperature=Temperature(scale=0.1, length=8))),
+    "queries and keys exchanged": ("gpt2", lambda s: dataclasses.replace(s, q=s.k, k=s.q)),
+    "queries and keys exchanged under rotation and causal mask": (
+        "olmo",
+        lambda s: dataclasses.replace(s, q=s.k, k=s.q),
+    ),
+    "values scaled": ("llama", stated(v_scale=1.001)),
+    "a window on either side": ("mistral", stated(mask=lambda m: Mask(kind="local", window=m.window))),
+    "one channel of one key head": (
+        "llama",
+        replaced("k", weight=lambda w: dataclasses.replace(w, rows=((0, 1), (0, 1), (2, 16)))),
+    ),
     "gate dropped": ("gated", stated(gate=None)),
     "gate with another activation": ("gated", replaced("gate", activation="silu")),
     "gate from another projection": ("gated", lambda s: dataclasses.replace(s, gate=Gate(projection=s.q))),
@@ -182,7 +193,7 @@ class Plain(nn.Module):
             mask[2, 9, 3] = False
         self.register_buffer("mask", mask)
         if change == "key bias dropped":
-            self.k.bias = None
+            self.k.register_parameter("bias", None)
         if change == "norm eps":
             self.q_norm.eps = 1e-3
 
@@ -201,6 +212,8 @@ class Plain(nn.Module):
         q, k = q if change == "query norm dropped" else self.q_norm(q), self.k_norm(k)
         q = self.turned(q, base)
         k = self.turned(k, 100.0 if change != "rotary base" else base)
+        if change == "one head rotated faster":
+            q = torch.cat((q[:, :3], self.turned(self.q_norm(self.q(x)[..., 24:])[:, None], 101.0)), 1)
         if change == "rotary base of the keys alone":
             k = self.turned(self.k_norm(self.k(x).unflatten(-1, (-1, 8)).transpose(1, 2)), 101.0)
         if change == "two key heads swapped":
@@ -214,6 +227,10 @@ class Plain(nn.Module):
         else:
             k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
         scores = q @ k.transpose(-1, -2) * (8**-0.5 * (1.01 if change == "scale" else 1.0))
+        if change == "a little of the square":
+            scores = scores + 1e-3 * scores * scores
+        if change == "a clamp that nothing reaches":
+            scores = scores.clamp(-1e6, 1e6)
         if change != "softcap dropped":
             scores = 20.0 * torch.tanh(scores / 20.0)
         if change == "one head's scores scaled":
@@ -233,7 +250,13 @@ class Plain(nn.Module):
             p = scores.softmax(-2 if change == "softmax over the queries" else -1)
         if change == "probabilities scaled":
             p = p * 0.99
+        if change == "dropout that never stops":
+            p = nn.functional.dropout(p, 0.01, training=True)
         y = p @ v
+        if change == "a little of each token's own value":
+            y = y + 1e-3 * v
+        if change == "the first token left out":
+            y = y * (torch.arange(x.shape[1]) > 0)[:, None]
         if change == "heads swapped before the output":
             y = y[:, [1, 0, 2, 3]]
         y = y.transpose(1, 2).flatten(2)
@@ -310,6 +333,12 @@ CODE: dict[str, Says | Refuses] = {
     "heads swapped before the output": Says({"q": lambda q: q.weight.rows == ((8, 16), (0, 8), (16, 32))}),
     "a scale before the output": Refuses("between the core and the output projection"),
     "a scale after the output": Says({"place": "graph"}),
+    "one head rotated faster": Refuses("cat.default of 2 tensors between the projection and the core"),
+    "a little of the square": Refuses("a sum of several products"),
+    "a clamp that nothing reaches": Refuses("clamp.default between the softmax and q kᵀ"),
+    "dropout that never stops": Refuses("differs from the module's own output"),
+    "a little of each token's own value": Refuses("between the core and the output projection"),
+    "the first token left out": Refuses("multiplied by a stored or constant factor"),
     "a sink": Says({"sinks": lambda s: s is not None and s.name.endswith(".sinks")}),
     "a gate": Says({"gate": lambda g: g is not None and g.activation == "sigmoid"}),
     "a residual": Says({"call": lambda c: c.residual is not None}),

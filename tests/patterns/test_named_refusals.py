@@ -146,6 +146,35 @@ def test_keys_and_values_of_another_layer_are_named() -> None:
     assert near.slot == "owner" and "keys and values come from 'first.k', outside 'second'" in near.reason
 
 
+class Memories(nn.Module):
+    """Keys of one memory, values of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(keys), self.v(values)
+        q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in (q, k, v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class TwoMemories(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Memories()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x, x.sin(), x.cos())
+
+
+def test_keys_and_values_of_two_memories_are_named_with_their_lines() -> None:
+    (near,) = inspect(TwoMemories(), torch.randn(1, 7, WIDTH), strict=False).near_misses
+    assert near.slot == "owner" and "a site has one memory" in near.reason
+    for op in ("keys are made of what sin.default", "values of what cos.default"):
+        assert f"{op} (" in near.reason and "test_named_refusals.py:" in near.reason
+
+
 class LongOnly(nn.Module):
     """From 200 tokens on a second attention, over every second key."""
 
