@@ -9,7 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fla_swap import registration as registration
+try:
+    from fla_swap import registration as registration
+except ModuleNotFoundError as error:  # operators and packages run without transformers
+    if error.name != "transformers":
+        raise
 
 if TYPE_CHECKING:
     from fla_swap import mixers, ops
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from fla_swap.hybrid_config import HybridConfig
     from fla_swap.inspection import inspect, prove
     from fla_swap.model import HybridForCausalLM
+    from fla_swap.packaging import Package, load_package, package
     from fla_swap.patterns.plugins import installed_recognisers
     from fla_swap.planning import Rule, load_plan, plan, save_plan
     from fla_swap.prompt_state import PromptState, load_state, state
@@ -48,6 +53,7 @@ __all__ = [
     "HybridConfig",
     "HybridForCausalLM",
     "NearMiss",
+    "Package",
     "PromptState",
     "Rule",
     "StageConfig",
@@ -60,11 +66,13 @@ __all__ = [
     "installed_recognisers",
     "last_rewrites",
     "load",
+    "load_package",
     "load_plan",
     "load_state",
     "mixers",
     "ops",
     "original_attention",
+    "package",
     "perplexity",
     "plan",
     "prove",
@@ -96,6 +104,7 @@ _SOURCES = {
     "hybrid_config": ("HybridConfig",),
     "inspection": ("inspect", "prove"),
     "model": ("HybridForCausalLM",),
+    "packaging": ("Package", "load_package", "package"),
     "patterns.plugins": ("installed_recognisers",),
     "planning": ("Rule", "load_plan", "plan", "save_plan"),
     "prompt_state": ("PromptState", "load_state", "state"),

@@ -41,6 +41,7 @@ STAGES = (
     "regions",
     "prompt_state",
     "compilation",
+    "packaging",
     "distillation",
 )
 # Modules that compose stages into a verb; everything else that imports several stages is a mistake.
@@ -62,6 +63,7 @@ COMPOSERS = {
     "linear_proof": {"call_proof", "train_mode", "verification"},
     "linear_sites": {"captures", "contract", "linear_proof", "ownership", "recording", "structure", "verification"},
     "compilation": {"decoding", "regions"},
+    "packaging": {"decoding", "folders"},
     "distillation": {"swapping"},
     "parts": {"recording", "model_inputs"},
     "module_checkpoint": {"planning", "swapping", "folders"},
