@@ -288,6 +288,27 @@ def generate_command(
     runner.generate(**inputs, max_new_tokens=new_tokens, streamer=TextStreamer(tokenizer), **sampling)
 
 
+@app.command("package")
+def package_command(
+    model: Model,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the two libraries, the weights and package.json.")],
+    rows: Annotated[int, typer.Option(help="Prompts that are generated at the same time.")] = 1,
+    context: Annotated[int, typer.Option(help="Longest prompt and answer together, in tokens.")] = 2048,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Compile prefill and decode into a folder that runs without transformers (`fs.load_package`)."""
+    from fla_swap.checkpoint import load
+    from fla_swap.conversion import find_device, pick_dtype
+    from fla_swap.packaging import package
+
+    where = find_device(device)
+    loaded: Any = load(model, dtype=pick_dtype(dtype, where), device=where)
+    with err.status("compiling prefill and decode (a minute or more)"):
+        package(loaded, out_dir, rows=rows, context=context)
+    out.print(f'{out_dir}: fs.load_package("{out_dir}").generate(ids)', markup=False, highlight=False)
+
+
 @app.command("eval")
 def eval_command(
     models: Annotated[list[str], typer.Argument(help="Models to compare; the first is the reference.")],

@@ -29,6 +29,7 @@ COMMANDS = {
     "distill": "model --out --teacher --data --minutes --block-size --batch-size --learning-rate "
     "--rest-learning-rate --max-tokens --device --seed --resume --overwrite",
     "generate": "model --prompt --new-tokens --temperature --top-p --compile/--no-compile --device --dtype --seed",
+    "package": "model --out --rows --context --device --dtype",
     "eval": "models --data --block-size --eval-tokens --device --dtype --json",
     "serve": "model --host --port --slots --tokens --waiting --max-body --grace --compile/--no-compile --device "
     "--dtype",
