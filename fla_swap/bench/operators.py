@@ -246,10 +246,10 @@ def about(settings: Settings) -> dict[str, str]:
     if settings.peer:
         found["peer"] = f"flash-linear-attention {peer_version()}"
     found["command"] = command_of(settings)
-    found["load"] = (
-        f"{os.getloadavg()[0]:.1f} at the start; {settings.quiet} processes of ours at once, then {settings.workers} "
-        f"of the peer's with {settings.threads} compiling threads each"
-    )
+    ours = settings.quiet if any(task.cold for task in tasks_of(settings)) else settings.workers
+    found["load"] = f"{os.getloadavg()[0]:.1f} at the start; {ours} processes of ours at once"
+    if settings.peer:
+        found["load"] += f", then {settings.workers} of the peer's with {settings.threads} compiling threads each"
     return found
 
 
