@@ -57,7 +57,8 @@ LARGE = {
 def blocks_for(kind: str, dtype: torch.dtype, value_block: int, large: bool) -> Blocks:
     """How to run a kernel. fp32 products run without tensor cores, whose code grows with the tile."""
     if dtype == torch.float32:
-        return Blocks(32, 32, 8 if value_block > 128 else 4, 1)
+        small = kind == "key" and value_block > 128 and not large  # 106 KiB of shared memory with 32
+        return Blocks(32, 16 if small else 32, 8 if value_block > 128 else 4, 1)
     if value_block > 128:
         return Blocks(64, 64 if kind == "key" else 32, 8, 1)
     return LARGE[kind] if large else Blocks(64, 32, 4, 1)
