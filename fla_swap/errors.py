@@ -70,3 +70,8 @@ class KernelError(FlaSwapError, ValueError):
 
 class RewriteError(FlaSwapError):
     """A rewritten graph does not compute what the graph computed, or a plan's layer is not in the graph."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, cut to a readable length: "" when it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]

@@ -9,7 +9,7 @@ from torch import nn
 
 from fla_swap.captures import SHORT, TwoCaptures
 from fla_swap.contract import derive_contract, find_entry, readings, rounded_alibi
-from fla_swap.errors import CaptureError, FlaSwapError, VerificationError
+from fla_swap.errors import CaptureError, FlaSwapError, VerificationError, first_line
 from fla_swap.graph_proof import finish_in_graph, forget_random
 from fla_swap.matching import MATCHED
 from fla_swap.model_inputs import Inputs, given_tokens, takes_cache
@@ -173,12 +173,8 @@ class Finisher:
         try:
             return record_cache(self.model, owners, self.captures.inputs(SHORT[0]))
         except Exception as error:
-            self.notes.append(f"the cache argument could not be observed: {type(error).__name__}: {_first_line(error)}")
+            self.notes.append(f"the cache argument could not be observed: {type(error).__name__}: {first_line(error)}")
             return {}
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
 
 
 def _implementation(model: nn.Module) -> str:

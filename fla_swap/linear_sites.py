@@ -9,7 +9,7 @@ from typing import Any
 
 from fla_swap.captures import SHORT, TwoCaptures
 from fla_swap.contract import derive_contract, find_entry
-from fla_swap.errors import CaptureError, VerificationError
+from fla_swap.errors import CaptureError, VerificationError, first_line
 from fla_swap.linear_proof import prove_linear
 from fla_swap.model_inputs import given_tokens
 from fla_swap.ownership import read_outside
@@ -40,7 +40,11 @@ class LinearSites:
         graph = self.captures.first
         if graph is None:
             return
-        owners = linear_owners(graph, [n for n, _ in core_nodes(graph, self.captures.catalogue)])
+        try:
+            owners = linear_owners(graph, [n for n, _ in core_nodes(graph, self.captures.catalogue)])
+        except Exception as error:  # whatever a graph that nobody has seen does to the search
+            self.captures.notes.append(f"layers that are linear already were not looked for: {unread(error)}")
+            return
         read: dict[str, list[AttentionSite]] = {}
         for owner in owners:
             try:
@@ -71,7 +75,9 @@ class LinearSites:
         try:
             return record_cache(self.model, owners, self.captures.inputs(SHORT[0]))
         except Exception as error:
-            self.captures.notes.append(f"the cache argument could not be observed: {type(error).__name__}: {error}")
+            self.captures.notes.append(
+                f"the cache argument could not be observed: {type(error).__name__}: {first_line(error)}"
+            )
             return {}
 
     def _finish(

@@ -39,7 +39,8 @@ def _mixes(node: fx.Node, graph: CapturedGraph) -> bool:
     if node.target in CONVOLUTION:
         weight = shape(node.args[1])
         return weight is not None and len(weight) == 3 and weight[0] > 1 == weight[1] < weight[2]
-    return node.target in SUMS or (tuple(value.shape).count(graph.length) > 1 and is_product(node, graph))
+    known = [size for size in value.shape if isinstance(size, int)]  # others depend on the data: no count of tokens
+    return node.target in SUMS or (known.count(graph.length) > 1 and is_product(node, graph))
 
 
 def _owner(node: fx.Node, attending: set[str], graph: CapturedGraph) -> str | None:

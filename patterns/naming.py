@@ -19,6 +19,8 @@ _REACH = 32
 
 def name_stop(node: fx.Node, graph: CapturedGraph) -> str:
     """What `node`, which no recogniser walks past, does to the queries, keys or values of an attention."""
+    if node.op == "placeholder":
+        return f"the model is given them (its input {node.name!r}): no projection of its own makes them"
     inputs = graph.open_inputs(node)
     near = _before(node, graph)
     if any(n.target in ROUTED for n in near):

@@ -31,7 +31,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 import fla_swap as fs
-from fla_swap.bench.tiny_configs import GROUPS, model_types, tiny_model
+from fla_swap.bench.tiny_configs import GROUPS, example_for, model_types, tiny_model
 from fla_swap.errors import ConfigError, FlaSwapError
 
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -96,7 +96,7 @@ def inspect_family(family: str, group: str, implementation: str) -> Result:
         stage = "no such code" if "does not support an attention implementation" in str(error) else "not built"
         return Result(**common, stage=stage, note=_short(error))
     try:
-        report = fs.inspect(model, strict=False)
+        report = fs.inspect(model, example_for(model, family), strict=False)
     except FlaSwapError as error:
         return Result(**common, stage=type(error).__name__, note=_short(error), seconds=time.perf_counter() - start)
     except Exception as error:
@@ -108,8 +108,8 @@ def inspect_family(family: str, group: str, implementation: str) -> Result:
     return Result(
         **common,
         stage="inspected",
-        proved=sum(s.proved for s in report.sites),
-        facts=tuple(_facts(report.sites)),
+        proved=sum(s.proved for s in (*report.sites, *report.linear)),
+        facts=(*_facts(report.sites), *_linear_facts(report.linear)),
         refusals=tuple(f"{n} at {slot}: {reason}" for (slot, reason), n in misses.items()),
         unclaimed=len(report.unclaimed),
         notes=report.notes,
@@ -132,6 +132,12 @@ def _facts(sites: tuple[fs.AttentionSite, ...]) -> list[str]:
         words += [name for name, there in named.items() if there]
         kinds[", ".join(words)] += 1
     return [f"{n} × {words}" for words, n in kinds.items()]
+
+
+def _linear_facts(layers: tuple[fs.AttentionSite, ...]) -> list[str]:
+    """Layers that are linear already: each rule once, with how many there are."""
+    rules = collections.Counter(s.recurrence.rule if s.recurrence else "unknown" for s in layers)
+    return [f"{n} × linear: {rule}" for rule, n in rules.items()]
 
 
 def _short(error: Exception) -> str:

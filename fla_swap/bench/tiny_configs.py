@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers.models.auto import configuration_auto, modeling_auto
@@ -169,8 +170,8 @@ DRAFTER = {
     "enable_moe_block": False,
     "use_double_wide_mlp": False,
 }
-OWN["gemma4_assistant"] = {"text_config": {"model_type": "gemma4_text", **DRAFTER}}
-OWN["gemma4_unified_assistant"] = {"text_config": {"model_type": "gemma4_unified_text", **DRAFTER}}
+DRAFTERS = {"gemma4_assistant": "gemma4_text", "gemma4_unified_assistant": "gemma4_unified_text"}
+OWN |= {drafter: {"text_config": {"model_type": own, **DRAFTER}} for drafter, own in DRAFTERS.items()}
 # Causal language models that take a part of their type's config: its name.
 PART = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
@@ -220,6 +221,18 @@ def tiny_model(model_type: str, group: str, implementation: str) -> nn.Module:
         kind = getattr(transformers, getattr(modeling_auto, names)[model_type])
         return kind._from_config(config, attn_implementation=implementation).eval()
     return kind.from_config(config, attn_implementation=implementation).eval()
+
+
+def example_for(model: Any, model_type: str) -> dict[str, Any] | None:
+    """One call's arguments where a model's forward asks for more than token ids; None where `inspect` makes them."""
+    if model_type not in DRAFTERS:
+        return None
+    layers = {layer.self_attn.layer_type: layer.self_attn for layer in model.model.layers}
+    given = {
+        kind: tuple(torch.randn(2, HEADS // a.num_key_value_groups, 13, a.head_dim) for _ in range(2))
+        for kind, a in layers.items()
+    }
+    return {"inputs_embeds": torch.randn(2, 13, model.pre_projection.in_features), "shared_kv_states": given}
 
 
 def _shrunk(config: Any) -> dict[str, Any]:

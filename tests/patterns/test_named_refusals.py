@@ -175,6 +175,24 @@ def test_keys_and_values_of_two_memories_are_named_with_their_lines() -> None:
         assert f"{op} (" in near.reason and "test_named_refusals.py:" in near.reason
 
 
+class Drafter(nn.Module):
+    """Its keys and values are inputs of the model: another model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (H, D)).transpose(1, 2)
+        return self.o(F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2))
+
+
+def test_keys_that_are_an_input_of_the_model_are_named() -> None:
+    given = {"x": torch.randn(2, 7, WIDTH), **{name: torch.randn(2, H, 7, D) for name in ("keys", "values")}}
+    (near,) = inspect(Drafter(), given, strict=False).near_misses
+    assert near.slot == "k" and near.reason.startswith("the model is given them (its input 'keys')")
+
+
 class LongOnly(nn.Module):
     """From 200 tokens on a second attention, over every second key."""
 
