@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_swap.kernels.common import chunk_bound, chunk_table, triton_interpreted
+from fla_swap.kernels.decay.simple_triton_back import keys_values_kernel
 from fla_swap.kernels.decay.simple_triton_kernels import (
     carry_kernel,
     cumulate_kernel,
@@ -30,7 +31,7 @@ from fla_swap.kernels.decay.simple_triton_kernels import (
 )
 
 CHUNK = 64
-RESET_TOKENS = 128  # gate gradients start anew from a stored state after so many tokens
+RESET_TOKENS = 256  # see `Problem.reset`
 PROGRAMS = 264  # two for each multiprocessor of the largest chips: with fewer, sequences are cut
 Launch = Callable[..., None]
 
@@ -69,6 +70,8 @@ def has_large_memory(device: torch.device) -> bool:
 
 
 SMALL = Tiles(block=64, warps=4, stages=1)
+WHOLE = Tiles(block=128, warps=8, stages=2)
+ORDER = 4
 
 
 def launch_now(kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:
@@ -121,6 +124,16 @@ class Problem:
     def padded(self, width: int) -> int:
         """Hopper needs matrix operands 64 wide."""
         return max(16 if triton_interpreted() else 64, 1 << (width - 1).bit_length())
+
+    @property
+    def whole(self) -> bool:
+        """Whether one program's registers hold a head's whole state: see `keys_values_kernel`."""
+        return self.large and max(self.padded(self.width), self.padded(self.value_width)) <= 128
+
+    @property
+    def reset(self) -> int:
+        """Gate gradients start anew from a stored state after so many tokens."""
+        return RESET_TOKENS if self.whole else RESET_TOKENS // 2
 
     def tiles(self, kind: str, contracted: int, width: int, reverse: bool = False) -> Tiles:
         return choose_tiles(kind, self.padded(contracted), self.padded(width), self.gate, reverse, self.large)
@@ -300,9 +313,10 @@ def _stream(
         BZ=tiles.block,
         BLOCKS=-(-z_width // tiles.block),
         C=CHUNK,
-        RESET=RESET_TOKENS // CHUNK,
+        RESET=p.reset // CHUNK,
         REVERSE=reverse,
         TRANSPOSED=transposed,
+        WITHIN=flow.partner is not None and not p.whole,
         EARLY=tiles.early,
         DEFER=tiles.defer,
         STAGES=tiles.stages,
@@ -365,7 +379,7 @@ def _cumulate(p: Problem, g: Tensor | None) -> Tensor | None:
 def _gate_grad(p: Problem, g: Tensor, gained: Tensor | None, lost: Flow, like: Tensor) -> Tensor:
     """dg, shaped like g: [B,T,HV], or summed over batch and time for a constant gate [HV]."""
     per_step = like.new_empty((*like.shape[:2], p.value_heads), dtype=g.dtype if g.ndim == 3 else torch.float32)
-    stretches, place = _stretches(p, RESET_TOKENS)
+    stretches, place = _stretches(p, p.reset)
     assert gained is not None and lost.flow is not None and lost.boundary is not None
     p.launch(
         gate_grad_kernel,
@@ -433,29 +447,77 @@ def backward(
         before, _ = _ends(p, k, v, gates, initial_state, (1.0, 1.0), reverse=False)
     after, initial_grad = _ends(p, q, out_grad, gates, final_grad, (1.0 / scale, scale), reverse=True)
     flows = _flows(p, q, v) if gate_grad else (NO_FLOW, NO_FLOW, NO_FLOW)
-    dv = _stream(p, (k, q, out_grad), gates, after, scale, reverse=True, flow=flows[0])
-    again = Ends(initial=after.initial, final=None, start_scale=after.start_scale)
-    dk = _stream(p, (v, out_grad, q), gates, again, scale, reverse=True, transposed=True, flow=flows[1])
+    if p.whole:
+        dk, dv = _keys_values(p, (q, k, v), gates, out_grad, after, scale, flow=flows[0])
+    else:
+        dv = _stream(p, (k, q, out_grad), gates, after, scale, reverse=True, flow=flows[0])
+        again = Ends(initial=after.initial, final=None, start_scale=after.start_scale)
+        dk = _stream(p, (v, out_grad, q), gates, again, scale, reverse=True, transposed=True, flow=flows[1])
     dq = _stream(p, (out_grad, v, k), gates, before, scale, transposed=True, flow=flows[2])
     _zero_tail(p, dq, dk, dv)
     dg = _gate_grad(p, g, flows[0].flow, flows[2], q) if g is not None and gate_grad else None
     return sum_over_groups(dq, p.heads), sum_over_groups(dk, p.heads), dv, dg, initial_grad
 
 
+def _keys_values(
+    p: Problem,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    g: Tensor | None,
+    out_grad: Tensor,
+    ends: Ends,
+    scale: float,
+    flow: Flow,
+) -> tuple[Tensor, Tensor]:
+    """dk [B,T,HV,K] and dv [B,T,HV,V] by `keys_values_kernel`."""
+    q, k, v = qkv
+    dk, dv = q.new_empty((*q.shape[:2], p.value_heads, p.width)), torch.empty_like(v)
+    tiles = WHOLE
+    p.launch(
+        keys_values_kernel,
+        p.slots * p.value_heads,
+        tiles,
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        out_grad=out_grad,
+        initial=ends.initial,
+        final=ends.final,
+        k_grad=dk,
+        v_grad=dv,
+        flow=flow.flow,
+        states=flow.states,
+        scale=scale,
+        start_scale=ends.start_scale,
+        end_scale=ends.end_scale,
+        K=p.width,
+        V=p.value_width,
+        BK=p.padded(p.width),
+        BV=p.padded(p.value_width),
+        C=CHUNK,
+        RESET=p.reset // CHUNK,
+        ORDER=ORDER,
+        STAGES=tiles.stages,
+        **p.place,
+        **p.common,
+    )
+    return dk, dv
+
+
 def _flows(p: Problem, q: Tensor, v: Tensor) -> tuple[Flow, Flow, Flow]:
-    """Fresh memory for what the passes for dv, dk and dq note: dk keeps states that dq reads."""
-    resets = p.tokens // RESET_TOKENS + p.sequences
+    """Fresh memory for what the passes for dv, dk (or for both: the first) and dq note, which reads dk's states."""
+    resets = p.tokens // p.reset + p.sequences
     sizes = p.tokens, p.value_heads
     lost_blocks = p.blocks(p.value_width, p.width)
     states = q.new_empty((resets, p.value_heads, p.value_width, p.width))
-    gained = q.new_empty((p.blocks(p.width, p.value_width), *sizes), dtype=torch.float32)
+    gained_blocks = 1 if p.whole else p.blocks(p.width, p.value_width)
+    gained = q.new_empty((gained_blocks, *sizes), dtype=torch.float32)
     lost = q.new_empty((lost_blocks, *sizes), dtype=torch.float32)
     boundary = q.new_empty((resets, p.value_heads, lost_blocks, p.padded(p.value_width)), dtype=torch.float32)
-    return (
-        Flow(partner=v, flow=gained),
-        Flow(states=states),
-        Flow(partner=q, flow=lost, states=states, boundary=boundary),
-    )
+    last = Flow(partner=q, flow=lost, states=states, boundary=boundary)
+    if p.whole:
+        return Flow(flow=gained, states=states), NO_FLOW, last
+    return Flow(partner=v, flow=gained), Flow(states=states), last
 
 
 def sum_over_groups(x: Tensor, heads: int) -> Tensor:

@@ -115,8 +115,8 @@ def stream_kernel(
     T, PIECES, LENGTH, tokens, H, HV, scale, start_scale, end_scale,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, BLOCKS: tl.constexpr,
     C: tl.constexpr, RESET: tl.constexpr, GATE: tl.constexpr,
-    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, EARLY: tl.constexpr, DEFER: tl.constexpr, STAGES: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, WITHIN: tl.constexpr, EARLY: tl.constexpr, DEFER: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i = scale · (Σ_{j≤i} (x_i·y_j) exp(G_i − G_j) z_j + exp(G_i) x_i S), S ← decay · S + Σ y_j z_jᵀ decayed.
 
@@ -124,8 +124,8 @@ def stream_kernel(
     Forward (q, k, v) gives o, TRANSPOSED (do, v, k) dq; REVERSE (k, q, do) dv, REVERSE TRANSPOSED (v, do, q) dk.
     TRANSPOSED: states lie in memory as [Z, X]; x and y have HV heads and z H, otherwise the other way round.
     `initial` and `final` (or None): [spans, HV, ...], times start_scale and end_scale.
-    For gate gradients, else None: `partner` [tokens, heads of z, Z], whose product with out, without what a token
-    read from itself, goes to `flow` [BLOCKS, tokens, HV]. `states` [.., HV, X, Z]: written every RESET chunks when
+    For gate gradients, else None: `partner` [tokens, heads of z, Z], whose product with what out has from the state,
+    and WITHIN also from other tokens of the chunk, goes to `flow` [BLOCKS, tokens, HV]. `states` [.., HV, X, Z]: written every RESET chunks when
     running back, read when running forward, and Σ_z of their product with the state goes to `boundary`
     [.., HV, BLOCKS, BX].
     EARLY: add the chunk to the state before its outputs are done. DEFER: store outputs while the next chunk loads.
@@ -188,11 +188,15 @@ def stream_kernel(
             state = tl.dot(tl.trans(y_tile), values, state, input_precision=PRECISION)
         if GATE > 0:
             result *= (to_end if REVERSE else to_start)[:, None]
-        if partner is not None:
+        if partner is not None and not WITHIN:
+            mate = _load(partner, here, n, z_head, z_heads, i, zs, Z, BZ * BLOCKS).to(tl.float32)
+            change = tl.sum(mate * result, 1) * scale
+            tl.store(flow + (block * tokens + here + i) * HV + head, change, mask=i < n)
+        if WITHIN:
             own = tl.where(i[:, None] == i[None, :] + tl.minimum(n, 0), pairs, 0.0).to(DOT)
-        pairs *= _weights(sums, constant, i, n, GATE, REVERSE, partner is not None)
+        pairs *= _weights(sums, constant, i, n, GATE, REVERSE, WITHIN)
         result = tl.dot(pairs.to(DOT), z_tile, result, input_precision=PRECISION)
-        if partner is not None:
+        if WITHIN:
             mate = _load(partner, here, n, z_head, z_heads, i, zs, Z, BZ * BLOCKS).to(tl.float32)
             change = tl.sum(mate * result, 1) * scale
             tl.store(flow + (block * tokens + here + i) * HV + head, change, mask=i < n)
