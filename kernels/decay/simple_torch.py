@@ -102,15 +102,16 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B,T,HV,V] in q's dtype and final state [N,HV,K,V] in the computing dtype."""
+    """Output [B,T,HV,V] in q's dtype and final state [N,HV,K,V] in the computing dtype, empty unless asked for."""
     layout, heads = make_layout(q, cu_seqlens), q.shape[2]
     decay = make_decay(g, v, heads, layout)
     qc, kc, vc = _chunks(q, heads, layout) * scale, _chunks(k, heads, layout), _chunks(v, heads, layout)
     states, final = carry(kc.mT @ _times(vc, decay.end), decay, layout, initial_state)
     out = _times(qc @ states, decay.start)
     out += ((qc @ kc.mT) * decay.pairs) @ vc
-    return _join(out, q.dtype, layout), final
+    return _join(out, q.dtype, layout), final if output_final_state else final.new_empty(0)
 
 
 def backward(

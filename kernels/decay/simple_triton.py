@@ -1,9 +1,10 @@
 """Triton for one decay per head: linear attention, retention, simple_gla. Imported only when Triton is chosen.
 
-One pass per head and value block keeps the state in registers and streams the tokens past it. The same kernel with
-its arguments in other roles gives every gradient (see `stream_kernel`). Few heads: the sequence is cut into segments, a
-first pass finds what each adds to the state, a second carries. Packed sequences are read where they lie; nothing is
-copied to the host.
+One pass per head keeps the state in registers and streams the tokens past it; the same kernel with its arguments in
+other roles gives dq (`whole_kernel`), another dk and dv (`keys_values_kernel`). States too large for one program are
+cut into blocks of columns, and one kernel gives the output and, in three more passes, the gradients (`stream_kernel`).
+Few heads: the sequence is cut into segments, a first pass finds what each adds to the state, a second carries. Packed
+sequences are read where they lie; nothing is copied to the host.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_swap.kernels.common import chunk_bound, chunk_table, triton_interpreted
-from fla_swap.kernels.decay.simple_triton_back import keys_values_kernel
 from fla_swap.kernels.decay.simple_triton_kernels import (
     carry_kernel,
     cumulate_kernel,
@@ -29,9 +29,10 @@ from fla_swap.kernels.decay.simple_triton_kernels import (
     stream_kernel,
     tail_kernel,
 )
+from fla_swap.kernels.decay.simple_triton_whole import keys_values_kernel, whole_kernel
 
 CHUNK = 64
-RESET_TOKENS = 256  # see `Problem.reset`
+RESET_TOKENS = 256  # the most after which gate gradients start anew from a stored state
 PROGRAMS = 264  # two for each multiprocessor of the largest chips: with fewer, sequences are cut
 Launch = Callable[..., None]
 
@@ -70,8 +71,7 @@ def has_large_memory(device: torch.device) -> bool:
 
 
 SMALL = Tiles(block=64, warps=4, stages=1)
-WHOLE = Tiles(block=128, warps=8, stages=2)
-ORDER = 4
+WHOLE = Tiles(block=128, warps=8, stages=3)
 
 
 def launch_now(kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:
@@ -109,7 +109,7 @@ class Problem:
     @property
     def place(self) -> dict[str, Any]:
         place = {"bounds": self.bounds, "table": self.table, "T": self.time}
-        return {**place, "PIECES": self.pieces, "LENGTH": self.length, "tokens": self.tokens}
+        return {**place, "PIECES": self.pieces, "LENGTH": self.length, "tokens": self.tokens, "slots": self.chunk_slots}
 
     @property
     def common(self) -> dict[str, Any]:
@@ -126,8 +126,13 @@ class Problem:
         return max(16 if triton_interpreted() else 64, 1 << (width - 1).bit_length())
 
     @property
+    def chunk_slots(self) -> int:
+        """Places for the sums of a head's chunks: chunk c of sequence n stands at ⌊first token / CHUNK⌋ + n."""
+        return self.tokens // CHUNK + self.sequences
+
+    @property
     def whole(self) -> bool:
-        """Whether one program's registers hold a head's whole state: see `keys_values_kernel`."""
+        """Whether the registers of one program hold a head's state: see `simple_triton_whole`."""
         return self.large and max(self.padded(self.width), self.padded(self.value_width)) <= 128
 
     @property
@@ -206,12 +211,14 @@ def _ends(
     scales: tuple[float, float],
     *,
     reverse: bool,
-) -> tuple[Ends, Tensor]:
-    """Carry the state over the segments, if there are any. Returns what a pass reads, and the final state."""
-    final = y.new_empty((p.sequences, p.value_heads, p.width, p.value_width), dtype=torch.float32)
+    keep: bool,
+) -> tuple[Ends, Tensor | None]:
+    """Carry the state over the segments, if there are any. Returns what a pass reads, and the final state if kept."""
+    size = (p.value_heads, p.width, p.value_width)
+    final = y.new_empty((p.sequences, *size), dtype=torch.float32) if keep else None
     if not p.split:
         return Ends(initial=initial, final=final, start_scale=scales[0], end_scale=scales[1]), final
-    own = y.new_empty((p.slots, *final.shape[1:]), dtype=torch.float32)
+    own = y.new_empty((p.slots, *size), dtype=torch.float32)
     decay = y.new_empty((p.slots, p.value_heads), dtype=torch.float32)
     tiles = p.tiles("segment", p.width, p.value_width)
     key_block = min(tiles.block, p.padded(p.width))
@@ -237,10 +244,10 @@ def _ends(
         **p.place,
         **p.common,
     )
-    size = p.width * p.value_width
+    entries = p.width * p.value_width
     p.launch(
         carry_kernel,
-        p.sequences * p.value_heads * -(-size // 1024),
+        p.sequences * p.value_heads * -(-entries // 1024),
         SMALL,
         own=own,
         decay=decay,
@@ -249,10 +256,10 @@ def _ends(
         first_slots=p.first_slots,
         PIECES=p.pieces,
         HV=p.value_heads,
-        SIZE=size,
+        SIZE=entries,
         start_scale=scales[0],
         end_scale=scales[1],
-        BLOCKS=-(-size // 1024),
+        BLOCKS=-(-entries // 1024),
         BLOCK=1024,
         GATED=g is not None,
         REVERSE=reverse,
@@ -262,7 +269,7 @@ def _ends(
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """What a pass does for the gate gradient; see `stream_kernel`."""
+    """What a pass does for the gate gradient; see `stream_kernel` and `whole_kernel`."""
 
     partner: Tensor | None = None
     flow: Tensor | None = None
@@ -284,46 +291,100 @@ def _stream(
     transposed: bool = False,
     flow: Flow = NO_FLOW,
 ) -> Tensor:
-    """One pass of `stream_kernel`: [B,T,HV,Z] in the inputs' dtype."""
+    """One pass of `stream_kernel` or `whole_kernel`: [B,T,HV,Z] in the inputs' dtype."""
     x, y, z = xyz
     x_width, z_width = x.shape[3], z.shape[3]
-    tiles = p.tiles("stream", x_width, z_width, reverse)
     out = x.new_empty((*x.shape[:2], p.value_heads, z_width))
+    arguments = {
+        "x": x,
+        "y": y,
+        "z": z,
+        "g": g,
+        "partner": flow.partner,
+        "initial": ends.initial,
+        "final": ends.final,
+        "out": out,
+        "flow": flow.flow,
+        "states": flow.states,
+        "boundary": flow.boundary,
+        "scale": scale,
+        "start_scale": ends.start_scale,
+        "end_scale": ends.end_scale,
+        "X": x_width,
+        "Z": z_width,
+        "BX": p.padded(x_width),
+        "C": CHUNK,
+        "RESET": p.reset // CHUNK,
+        "TRANSPOSED": transposed,
+        **p.place,
+        **p.common,
+    }
+    if p.whole:
+        width = p.padded(z_width)
+        p.launch(whole_kernel, p.slots * p.value_heads, WHOLE, BZ=width, STAGES=WHOLE.stages, **arguments)
+        return out
+    tiles = p.tiles("stream", x_width, z_width, reverse)
+    blocks = -(-z_width // tiles.block)
     p.launch(
         stream_kernel,
-        p.slots * p.value_heads * -(-z_width // tiles.block),
+        p.slots * p.value_heads * blocks,
         tiles,
-        x=x,
-        y=y,
-        z=z,
-        g=g,
-        partner=flow.partner,
-        initial=ends.initial,
-        final=ends.final,
-        out=out,
-        flow=flow.flow,
-        states=flow.states,
-        boundary=flow.boundary,
-        scale=scale,
-        start_scale=ends.start_scale,
-        end_scale=ends.end_scale,
-        X=x_width,
-        Z=z_width,
-        BX=p.padded(x_width),
         BZ=tiles.block,
-        BLOCKS=-(-z_width // tiles.block),
-        C=CHUNK,
-        RESET=p.reset // CHUNK,
+        BLOCKS=blocks,
         REVERSE=reverse,
-        TRANSPOSED=transposed,
-        WITHIN=flow.partner is not None and not p.whole,
         EARLY=tiles.early,
         DEFER=tiles.defer,
         STAGES=tiles.stages,
+        **arguments,
+    )
+    return out
+
+
+def _keys_values(
+    p: Problem,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    g: Tensor | None,
+    out_grad: Tensor,
+    ends: Ends,
+    scale: float,
+    flows: tuple[Flow, Flow],
+) -> tuple[Tensor, Tensor]:
+    """dk [B,T,HV,K] and dv [B,T,HV,V]."""
+    q, k, v = qkv
+    if not p.whole:
+        dv = _stream(p, (k, q, out_grad), g, ends, scale, reverse=True, flow=flows[0])
+        again = Ends(initial=ends.initial, final=None, start_scale=ends.start_scale)
+        return _stream(p, (v, out_grad, q), g, again, scale, reverse=True, transposed=True, flow=flows[1]), dv
+    dk, dv = q.new_empty((*q.shape[:2], p.value_heads, p.width)), torch.empty_like(v)
+    p.launch(
+        keys_values_kernel,
+        p.slots * p.value_heads,
+        WHOLE,
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        out_grad=out_grad,
+        initial=ends.initial,
+        final=ends.final,
+        k_grad=dk,
+        v_grad=dv,
+        flow=flows[0].flow,
+        states=flows[1].states,
+        scale=scale,
+        start_scale=ends.start_scale,
+        end_scale=ends.end_scale,
+        K=p.width,
+        V=p.value_width,
+        BK=p.padded(p.width),
+        BV=p.padded(p.value_width),
+        C=CHUNK,
+        RESET=p.reset // CHUNK,
+        STAGES=WHOLE.stages,
         **p.place,
         **p.common,
     )
-    return out
+    return dk, dv
 
 
 def _zero_tail(p: Problem, *tensors: Tensor) -> None:
@@ -359,20 +420,21 @@ def _stretches(p: Problem, length: int) -> tuple[int, dict[str, Any]]:
     count, table = p.sequences * pieces, None
     if p.bounds is not None:
         count, table = chunk_bound(p.time, length, p.sequences), chunk_table(p.bounds, p.time, length)
-    place = {"table": table, "bounds": p.bounds, "T": p.time, "tokens": p.tokens, "PIECES": pieces}
+    place = {"table": table, "bounds": p.bounds, "T": p.time, "PIECES": pieces}
     return count, {**place, "HV": p.value_heads, "C": length, "BH": 16}
 
 
 def _cumulate(p: Problem, g: Tensor | None) -> Tensor | None:
-    """Gates as the passes read them: a constant as it is, others summed in chunks, [HV, tokens], log2.
+    """Gates as the passes read them: a constant as it is, others as `cumulate_kernel` gives them.
 
     Sums are float64 for fp32 inputs, whose differences would otherwise lose their last digits.
     """
     if g is None or g.ndim == 1:
         return g
-    sums = g.new_empty((p.value_heads, p.tokens), dtype=torch.float64 if p.exact else torch.float32)
+    dtype = torch.float64 if p.exact else torch.float32
+    sums = g.new_empty((p.value_heads, p.chunk_slots, CHUNK, 4), dtype=dtype)
     chunks, place = _stretches(p, CHUNK)
-    p.launch(cumulate_kernel, chunks * -(-p.value_heads // 16), SMALL, g=g, sums=sums, **place)
+    p.launch(cumulate_kernel, chunks * -(-p.value_heads // 16), SMALL, g=g, sums=sums, slots=p.chunk_slots, **place)
     return sums
 
 
@@ -392,6 +454,7 @@ def _gate_grad(p: Problem, g: Tensor, gained: Tensor | None, lost: Flow, like: T
         GAINED=gained.shape[0],
         LOST=lost.flow.shape[0],
         BX=lost.boundary.shape[3],
+        tokens=p.tokens,
         **place,
     )
     _zero_tail(p, per_step)
@@ -410,17 +473,18 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    output_final_state: bool,
     launch: Launch = launch_now,
     large: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B,T,HV,V] in q's dtype and final state [N,HV,K,V] in fp32."""
+    """Output [B,T,HV,V] in q's dtype and final state [N,HV,K,V] in fp32, empty unless asked for."""
     q, k, v, g, initial_state, cu_seqlens = _contiguous(q, k, v, g, initial_state, cu_seqlens)
     p = make_problem(q, v, g, cu_seqlens, launch, large)
     g = _cumulate(p, g)
-    ends, final = _ends(p, k, v, g, initial_state, (1.0, 1.0), reverse=False)
+    ends, final = _ends(p, k, v, g, initial_state, (1.0, 1.0), reverse=False, keep=output_final_state)
     o = _stream(p, (q, k, v), g, ends, scale)
     _zero_tail(p, o)
-    return o, final
+    return o, q.new_empty(0, dtype=torch.float32) if final is None else final
 
 
 def backward(
@@ -436,88 +500,40 @@ def backward(
     gate_grad: bool,
     launch: Launch = launch_now,
     large: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of q, k, v, g (None unless asked for) and the initial state. States are recomputed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, g (None unless asked for) and the initial state (None without one); states are remade."""
     q, k, v, g, initial_state, cu_seqlens = _contiguous(q, k, v, g, initial_state, cu_seqlens)
     out_grad, final_grad = _contiguous(out_grad.to(q.dtype), final_grad)
     p = make_problem(q, v, g, cu_seqlens, launch, large)
     gates = _cumulate(p, g)
     before = Ends(initial=initial_state, final=None)
     if p.split:
-        before, _ = _ends(p, k, v, gates, initial_state, (1.0, 1.0), reverse=False)
-    after, initial_grad = _ends(p, q, out_grad, gates, final_grad, (1.0 / scale, scale), reverse=True)
+        before, _ = _ends(p, k, v, gates, initial_state, (1.0, 1.0), reverse=False, keep=False)
+    keep = initial_state is not None
+    after, initial_grad = _ends(p, q, out_grad, gates, final_grad, (1.0 / scale, scale), reverse=True, keep=keep)
     flows = _flows(p, q, v) if gate_grad else (NO_FLOW, NO_FLOW, NO_FLOW)
-    if p.whole:
-        dk, dv = _keys_values(p, (q, k, v), gates, out_grad, after, scale, flow=flows[0])
-    else:
-        dv = _stream(p, (k, q, out_grad), gates, after, scale, reverse=True, flow=flows[0])
-        again = Ends(initial=after.initial, final=None, start_scale=after.start_scale)
-        dk = _stream(p, (v, out_grad, q), gates, again, scale, reverse=True, transposed=True, flow=flows[1])
+    dk, dv = _keys_values(p, (q, k, v), gates, out_grad, after, scale, flows[:2])
     dq = _stream(p, (out_grad, v, k), gates, before, scale, transposed=True, flow=flows[2])
     _zero_tail(p, dq, dk, dv)
     dg = _gate_grad(p, g, flows[0].flow, flows[2], q) if g is not None and gate_grad else None
     return sum_over_groups(dq, p.heads), sum_over_groups(dk, p.heads), dv, dg, initial_grad
 
 
-def _keys_values(
-    p: Problem,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    g: Tensor | None,
-    out_grad: Tensor,
-    ends: Ends,
-    scale: float,
-    flow: Flow,
-) -> tuple[Tensor, Tensor]:
-    """dk [B,T,HV,K] and dv [B,T,HV,V] by `keys_values_kernel`."""
-    q, k, v = qkv
-    dk, dv = q.new_empty((*q.shape[:2], p.value_heads, p.width)), torch.empty_like(v)
-    tiles = WHOLE
-    p.launch(
-        keys_values_kernel,
-        p.slots * p.value_heads,
-        tiles,
-        q=q,
-        k=k,
-        v=v,
-        g=g,
-        out_grad=out_grad,
-        initial=ends.initial,
-        final=ends.final,
-        k_grad=dk,
-        v_grad=dv,
-        flow=flow.flow,
-        states=flow.states,
-        scale=scale,
-        start_scale=ends.start_scale,
-        end_scale=ends.end_scale,
-        K=p.width,
-        V=p.value_width,
-        BK=p.padded(p.width),
-        BV=p.padded(p.value_width),
-        C=CHUNK,
-        RESET=p.reset // CHUNK,
-        ORDER=ORDER,
-        STAGES=tiles.stages,
-        **p.place,
-        **p.common,
-    )
-    return dk, dv
-
-
 def _flows(p: Problem, q: Tensor, v: Tensor) -> tuple[Flow, Flow, Flow]:
-    """Fresh memory for what the passes for dv, dk (or for both: the first) and dq note, which reads dk's states."""
+    """Fresh memory for what the passes for dv, dk and dq note: dk keeps states that dq reads."""
     resets = p.tokens // p.reset + p.sequences
-    sizes = p.tokens, p.value_heads
-    lost_blocks = p.blocks(p.value_width, p.width)
-    states = q.new_empty((resets, p.value_heads, p.value_width, p.width))
     gained_blocks = 1 if p.whole else p.blocks(p.width, p.value_width)
-    gained = q.new_empty((gained_blocks, *sizes), dtype=torch.float32)
-    lost = q.new_empty((lost_blocks, *sizes), dtype=torch.float32)
-    boundary = q.new_empty((resets, p.value_heads, lost_blocks, p.padded(p.value_width)), dtype=torch.float32)
-    last = Flow(partner=q, flow=lost, states=states, boundary=boundary)
-    if p.whole:
-        return Flow(flow=gained, states=states), NO_FLOW, last
-    return Flow(partner=v, flow=gained), Flow(states=states), last
+    lost_blocks = 1 if p.whole else p.blocks(p.value_width, p.width)
+    states = q.new_empty((resets, p.value_heads, p.value_width * p.width))
+    gained = q.new_empty((gained_blocks, p.value_heads, p.tokens), dtype=torch.float32)
+    lost = q.new_empty((lost_blocks, p.value_heads, p.tokens), dtype=torch.float32)
+    rows = 1 if p.whole else p.padded(p.value_width)
+    boundary = q.new_empty((resets, p.value_heads, lost_blocks, rows), dtype=torch.float32)
+    return (
+        Flow(partner=v, flow=gained),
+        Flow(states=states),
+        Flow(partner=q, flow=lost, states=states, boundary=boundary),
+    )
 
 
 def sum_over_groups(x: Tensor, heads: int) -> Tensor:
@@ -587,7 +603,7 @@ def _record_calls(width: int, gate: int, packed: bool, large: bool, record: Laun
     bounds = new(4, dtype=torch.int32) if packed else None
     state = new(3 if packed else 1, heads, width, width, dtype=torch.float32)
     g = (None, new(heads, dtype=torch.float32), new(1, time, heads, dtype=torch.float32))[gate]
-    forward(q, k, v, g, state, bounds, 0.5, launch=record, large=large)
+    forward(q, k, v, g, state, bounds, 0.5, True, launch=record, large=large)
     backward(q, k, v, g, state, bounds, o, state, 0.5, gate > 0, launch=record, large=large)
     step(q, k, v, g, state[:1], 0.5, launch=record)
 

@@ -2,7 +2,7 @@
 
 A program keeps one [X, BZ] tile of a head's state in registers and streams the chunks of one span of tokens past it.
 Gates are in log2 inside. Legend: HV value heads, H query and key heads, C tokens in a chunk, GATE 0 none, 1 constant
-(g [HV]), 2 per step (g: sums from each chunk's start, [HV, tokens]). Every exponent is ≤ 0.
+(g [HV]), 2 per step (g [HV, slots, C, 4], see `cumulate_kernel`). Every exponent is ≤ 0.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -69,11 +69,11 @@ def _constant(g, head, GATE: tl.constexpr):
 
 
 @triton.jit
-def _gates(g, constant, first, count, head, tokens, i, GATE: tl.constexpr):
+def _gates(g, constant, first, sequence, count, head, slots, i, C: tl.constexpr, GATE: tl.constexpr):
     """Sums of log2 gates from a chunk's start to each token (itself included), and to its last."""
     if GATE == 2:
-        sums = tl.load(g + head * tokens + first + i, mask=i < count, other=0.0)
-        return sums, tl.load(g + head * tokens + first + count - 1)
+        row = g + (head * slots + first // C + sequence) * (4 * C)
+        return tl.load(row + i * 4), tl.load(row + (C - 1) * 4)
     else:
         return tl.minimum(i + 1, count).to(tl.float32) * constant, count.to(tl.float32) * constant
 
@@ -109,14 +109,14 @@ def _meet(base, state, xs, zs, X: tl.constexpr, Z: tl.constexpr):
     return tl.sum(stored.to(tl.float32) * state, 1)
 
 
-@triton.jit(do_not_specialize=["T", "PIECES", "LENGTH", "tokens", "H", "HV"])
+@triton.jit(do_not_specialize=["T", "PIECES", "LENGTH", "tokens", "slots", "H", "HV"])
 def stream_kernel(
     x, y, z, g, partner, initial, final, out, flow, states, boundary, table, bounds,
-    T, PIECES, LENGTH, tokens, H, HV, scale, start_scale, end_scale,
+    T, PIECES, LENGTH, tokens, slots, H, HV, scale, start_scale, end_scale,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, BLOCKS: tl.constexpr,
     C: tl.constexpr, RESET: tl.constexpr, GATE: tl.constexpr,
-    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, WITHIN: tl.constexpr, EARLY: tl.constexpr, DEFER: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, EARLY: tl.constexpr, DEFER: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i = scale · (Σ_{j≤i} (x_i·y_j) exp(G_i − G_j) z_j + exp(G_i) x_i S), S ← decay · S + Σ y_j z_jᵀ decayed.
 
@@ -124,8 +124,8 @@ def stream_kernel(
     Forward (q, k, v) gives o, TRANSPOSED (do, v, k) dq; REVERSE (k, q, do) dv, REVERSE TRANSPOSED (v, do, q) dk.
     TRANSPOSED: states lie in memory as [Z, X]; x and y have HV heads and z H, otherwise the other way round.
     `initial` and `final` (or None): [spans, HV, ...], times start_scale and end_scale.
-    For gate gradients, else None: `partner` [tokens, heads of z, Z], whose product with what out has from the state,
-    and WITHIN also from other tokens of the chunk, goes to `flow` [BLOCKS, tokens, HV]. `states` [.., HV, X, Z]: written every RESET chunks when
+    For gate gradients, else None: `partner` [tokens, heads of z, Z], whose product with out, without what a token
+    read from itself, goes to `flow` [BLOCKS, HV, tokens]. `states` [.., HV, X, Z]: written every RESET chunks when
     running back, read when running forward, and Σ_z of their product with the state goes to `boundary`
     [.., HV, BLOCKS, BX].
     EARLY: add the chunk to the state before its outputs are done. DEFER: store outputs while the next chunk loads.
@@ -173,7 +173,7 @@ def stream_kernel(
         y_tile = _load(y, here, n, x_head, x_heads, i, xs, X, BX).to(DOT)
         z_tile = _load(z, here, n, z_head, z_heads, i, zs, Z, BZ * BLOCKS).to(DOT)
         if GATE > 0:
-            sums, total = _gates(g, constant, here, n, head, tokens, i, GATE)
+            sums, total = _gates(g, constant, here, sequence, n, head, slots, i, C, GATE)
             to_start = tl.exp2(sums.to(tl.float32))
             to_end = tl.exp2((total - sums).to(tl.float32))
             values = (z_tile.to(tl.float32) * (to_start if REVERSE else to_end)[:, None]).to(DOT)
@@ -188,18 +188,14 @@ def stream_kernel(
             state = tl.dot(tl.trans(y_tile), values, state, input_precision=PRECISION)
         if GATE > 0:
             result *= (to_end if REVERSE else to_start)[:, None]
-        if partner is not None and not WITHIN:
-            mate = _load(partner, here, n, z_head, z_heads, i, zs, Z, BZ * BLOCKS).to(tl.float32)
-            change = tl.sum(mate * result, 1) * scale
-            tl.store(flow + (block * tokens + here + i) * HV + head, change, mask=i < n)
-        if WITHIN:
+        if partner is not None:
             own = tl.where(i[:, None] == i[None, :] + tl.minimum(n, 0), pairs, 0.0).to(DOT)
-        pairs *= _weights(sums, constant, i, n, GATE, REVERSE, WITHIN)
+        pairs *= _weights(sums, constant, i, n, GATE, REVERSE, partner is not None)
         result = tl.dot(pairs.to(DOT), z_tile, result, input_precision=PRECISION)
-        if WITHIN:
+        if partner is not None:
             mate = _load(partner, here, n, z_head, z_heads, i, zs, Z, BZ * BLOCKS).to(tl.float32)
             change = tl.sum(mate * result, 1) * scale
-            tl.store(flow + (block * tokens + here + i) * HV + head, change, mask=i < n)
+            tl.store(flow + (block * HV + head) * tokens + here + i, change, mask=i < n)
             result = tl.dot(own, z_tile, result, input_precision=PRECISION)
         if DEFER:
             pending = (result * scale).to(out.dtype.element_ty)
@@ -229,26 +225,33 @@ def stream_kernel(
         tl.store(final + row * X * Z + tile, state * end_scale, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "tokens", "PIECES"])
+@triton.jit(do_not_specialize=["T", "slots", "PIECES"])
 def cumulate_kernel(
-    g, sums, table, bounds, T, tokens, PIECES, HV, C: tl.constexpr, BH: tl.constexpr,
+    g, sums, table, bounds, T, slots, PIECES, HV, C: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """sums [HV, tokens]: log2 gates summed from each chunk's start. Grid: chunks · ⌈HV/BH⌉. g [tokens, HV]."""
+    """sums [HV, slots, C, 4], for every token of a chunk: log2 gates summed from the chunk's start, their exp2, exp2 of
+    those after the token, exp2 of all. g [tokens, HV]. Grid: chunks · ⌈HV/BH⌉."""
     program = tl.program_id(0).to(tl.int64)
     parts = (HV + BH - 1) // BH
     h = program % parts * BH + tl.arange(0, BH)
-    slot = program // parts
-    _, first, count = _span(slot, table, bounds, T, PIECES, C)
+    sequence, first, count = _span(program // parts, table, bounds, T, PIECES, C)
     i = tl.arange(0, C)
     inside = (i < count)[:, None] & (h < HV)[None, :]
     gates = tl.load(g + (first + i)[:, None] * HV + h[None, :], mask=inside, other=0.0).to(tl.float32)
     gates = gates.to(sums.dtype.element_ty) * LOG2E
-    tl.store(sums + h[None, :] * tokens + (first + i)[:, None], tl.cumsum(gates, 0), mask=inside)
+    total = tl.sum(gates, 0)[None, :]
+    gates = tl.cumsum(gates, 0)
+    at = sums + ((h[None, :] * slots + first // C + sequence) * C + i[:, None]) * 4
+    known = (h < HV)[None, :] & (count > 0)
+    tl.store(at, gates, mask=known)
+    tl.store(at + 1, tl.exp2(gates), mask=known)
+    tl.store(at + 2, tl.exp2(total - gates), mask=known)
+    tl.store(at + 3, tl.exp2(total) + gates * 0, mask=known)
 
 
-@triton.jit(do_not_specialize=["T", "PIECES", "LENGTH", "tokens", "H", "HV"])
+@triton.jit(do_not_specialize=["T", "PIECES", "LENGTH", "tokens", "slots", "H", "HV"])
 def segment_kernel(
-    y, z, g, own, decay, table, bounds, T, PIECES, LENGTH, tokens, H, HV,
+    y, z, g, own, decay, table, bounds, T, PIECES, LENGTH, tokens, slots, H, HV,
     X: tl.constexpr, Z: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, X_BLOCKS: tl.constexpr,
     Z_BLOCKS: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
     STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -261,7 +264,7 @@ def segment_kernel(
     z_block, x_block = (program % Z_BLOCKS).to(tl.int32), (program // Z_BLOCKS % X_BLOCKS).to(tl.int32)
     row = program // Z_BLOCKS // X_BLOCKS
     head, slot = row % HV, row // HV
-    _, first, count = _span(slot, table, bounds, T, PIECES, LENGTH)
+    sequence, first, count = _span(slot, table, bounds, T, PIECES, LENGTH)
     key_head = head // (HV // H)
     constant = _constant(g, head, GATE)
     i = tl.arange(0, C)
@@ -279,7 +282,7 @@ def segment_kernel(
         y_tile = _load(y, here, n, key_head, H, i, xs, X, BX * X_BLOCKS).to(DOT)
         z_tile = _load(z, here, n, head, HV, i, zs, Z, BZ * Z_BLOCKS).to(DOT)
         if GATE > 0:
-            sums, total = _gates(g, constant, here, n, head, tokens, i, GATE)
+            sums, total = _gates(g, constant, here, sequence, n, head, slots, i, C, GATE)
             whole += total.to(tl.float32)
             state *= tl.exp2(total.to(tl.float32))
             factor = tl.exp2((sums if REVERSE else total - sums).to(tl.float32))
@@ -299,8 +302,8 @@ def carry_kernel(
 ):  # fmt: skip
     """Replace what each segment adds by the state before it (REVERSE: after it). Grid: N · HV · BLOCKS.
 
-    own [segments, HV, SIZE]; first_slots [N+1], or None: PIECES for each sequence; initial (or None)
-    and final [N, HV, SIZE].
+    own [segments, HV, SIZE]; first_slots [N+1], or None: PIECES for each sequence; initial and final
+    [N, HV, SIZE], each or None.
     """
     program = tl.program_id(0).to(tl.int64)
     block, row = program % BLOCKS, program // BLOCKS
@@ -326,7 +329,8 @@ def carry_kernel(
         if GATED:
             state *= tl.exp2(tl.load(decay + place))
         state += added
-    tl.store(final + row * SIZE + at, state * end_scale, mask=inside)
+    if final is not None:
+        tl.store(final + row * SIZE + at, state * end_scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "tokens", "PIECES"])
@@ -336,7 +340,7 @@ def gate_grad_kernel(
 ):  # fmt: skip
     """dg_t = boundary + Σ_{s<t} (gained_s − lost_s) over the C tokens between two resets. Grid: resets · ⌈HV/BH⌉.
 
-    gained [GAINED, tokens, HV], lost [LOST, tokens, HV], boundary [.., HV, LOST, BX]: to be summed over blocks.
+    gained [GAINED, HV, tokens], lost [LOST, HV, tokens], boundary [.., HV, LOST, BX]: to be summed over blocks.
     """
     program = tl.program_id(0).to(tl.int64)
     parts = (HV + BH - 1) // BH
@@ -345,21 +349,21 @@ def gate_grad_kernel(
     sequence, first, count = _span(slot, table, bounds, T, PIECES, C)
     n = count.to(tl.int32)
     i = tl.arange(0, C)
-    at = (first + i)[:, None] * HV + h[None, :]
+    at = h[None, :] * tokens.to(tl.int64) + (first + i)[:, None]
     inside = (i < n)[:, None] & (h < HV)[None, :]
     before = ((i > 0) & (i < n))[:, None] & (h < HV)[None, :]
     change = tl.zeros([C, BH], tl.float32)
     total = tl.zeros([BH], tl.float32)
     size = tokens.to(tl.int64) * HV
     for block in tl.static_range(0, GAINED):
-        change += tl.load(gained + block * size + at - HV, mask=before, other=0.0)
+        change += tl.load(gained + block * size + at - 1, mask=before, other=0.0)
     for block in tl.static_range(0, LOST):
-        change -= tl.load(lost + block * size + at - HV, mask=before, other=0.0)
+        change -= tl.load(lost + block * size + at - 1, mask=before, other=0.0)
         place = boundary + (((first // C + sequence) * HV + h) * LOST + block)[:, None] * BX
         known = ((h < HV) & (n > 0))[:, None]
         total += tl.sum(tl.load(place + tl.arange(0, BX)[None, :], mask=known, other=0.0), 1)
     value = tl.cumsum(change, 0) + total[None, :]
-    tl.store(grad + at, value.to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad + (first + i)[:, None] * HV + h[None, :], value.to(grad.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])

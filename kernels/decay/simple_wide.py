@@ -27,13 +27,14 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `simple_triton.forward`."""
     q, k, wide = _wide(q, k, v, g)
-    o, final_state, _ = triton_impl.forward(
+    o, final, _ = triton_impl.forward(
         q, k, v, g=wide, gv=None, u=None, initial_state=initial_state, cu_seqlens=cu_seqlens, scale=scale
     )
-    return o, final_state
+    return o, final if output_final_state else final.new_empty(0)
 
 
 def backward(

@@ -41,9 +41,11 @@ STEPS: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture(autouse=True)
 def narrow_kernels_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels for bf16 run in fp32 here, where errors show. What fp32 takes as shipped has a test of its own."""
+    """The kernels for bf16 run in fp32 here, where errors show, and as on large chips. What else there is has tests of
+    its own."""
     from fla_swap.kernels.decay import simple_torch, simple_triton
 
+    monkeypatch.setattr(simple_triton, "has_large_memory", lambda device: True)
     monkeypatch.setattr(simple_ops, "_implementation", lambda n, _: simple_triton if n == "triton" else simple_torch)
 
 
@@ -139,6 +141,20 @@ def test_whole_sequences_and_segments(name: str, programs: int, monkeypatch: pyt
     monkeypatch.setattr(simple_triton, "PROGRAMS", programs)
     inputs = make(520, name, value_heads=1)
     assert_close(run(OPERATORS[name], inputs, implementation="triton"), exact(inputs))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("programs", [1, 1000], ids=["whole", "segments"])
+@EVERY
+def test_states_in_blocks_of_columns(name: str, programs: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide heads, and all heads on chips with little shared memory: three passes give the gradients."""
+    from fla_swap.kernels.decay import simple_triton
+
+    monkeypatch.setattr(simple_triton, "has_large_memory", lambda device: False)
+    monkeypatch.setattr(simple_triton, "PROGRAMS", programs)
+    inputs = make(270, name, value_heads=1, sequences=2 if packed else 1)
+    options = {"cu_seqlens": torch.tensor([0, 3, 269])} if packed else {}
+    assert_close(run(OPERATORS[name], inputs, implementation="triton", **options), exact(inputs, **options))
 
 
 @EVERY
