@@ -59,7 +59,7 @@ class Tile:
 
 HGRN = Tile(steps=16, channels=128, warps=2, stages=3, vector=2)
 SELECTIVE = Tile(steps=8, channels=32, warps=1, stages=3)
-SELECTIVE_BACK = Tile(steps=4, channels=32, warps=2, stages=2, groups=2)
+SELECTIVE_BACK = Tile(steps=4, channels=32, warps=2, stages=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,7 +441,7 @@ def selective_backward(
         x=x,
         B=B,
         skip=D,
-        initial=initial_state,
+        initial=None if s.table is None else initial_state,
         saved=saved,
         final_grad=final_grad,
         x_grad=x_grad,

@@ -380,12 +380,13 @@ def selective_backward_kernel(
                 read = _get(C + low, step * N + states_here, mixed, EVEN)
                 there = (states_here < N) & (d < D)
                 state = tl.load(saved + (chunk + states_here) * D + d, there, 0).to(tl.float32)
-                if (t <= origin) & (local == 0):
+                if PACKED:  # a sequence may begin inside a tile, whose saved state is of the one before
+                    begins = (t <= origin) & (local == 0)
+                    own_start = tl.zeros((1, NH, BD), tl.float32)
                     if initial is not None:
                         place = (sequence.to(tl.int64) * D + d) * N + states_here
-                        state = tl.load(initial + place, there, 0).to(tl.float32)
-                    else:
-                        state = tl.zeros((1, NH, BD), tl.float32)
+                        own_start = tl.load(initial + place, there & begins, 0).to(tl.float32)
+                    state = tl.where(begins, own_start, state)
                 rate = _pick(rates, NG, g)
                 decay = tl.exp2(delta * rate)
                 states = u * write
