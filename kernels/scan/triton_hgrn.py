@@ -35,6 +35,19 @@ def _stretch(slot, table, bounds, T, SEGMENT: tl.constexpr, SEGMENTS: tl.constex
 
 
 @triton.jit
+def _place(
+    table, bounds, T, D: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, PACKED: tl.constexpr,
+    BD: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """(slot, what `_stretch` says of it, channels) of a program; VEC channels lie next to each other in a thread."""
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    slot = tl.program_id(0) // blocks
+    sequence, local, start, stop = _stretch(slot, table, bounds, T, SEGMENT, SEGMENTS, PACKED)
+    channels = tl.max_contiguous(tl.program_id(0) % blocks * BD + tl.arange(0, BD), VEC)
+    return slot, sequence, local, start, stop, channels
+
+
+@triton.jit
 def _load(pointer, offsets, mask, MASKED: tl.constexpr):
     """A tile in fp32, zero outside."""
     value = tl.load(pointer + offsets, mask, 0) if MASKED else tl.load(pointer + offsets)
@@ -106,13 +119,10 @@ def hgrn_ends_kernel(
     STAGES: tl.constexpr,
 ):
     """What a segment does to a state: h ← decay · h + end. REVERSE: to the gradient that enters from later."""
-    blocks: tl.constexpr = (D + BD - 1) // BD
     narrow: tl.constexpr = D % BD != 0
-    slot = tl.program_id(0) // blocks
-    sequence, _local, start, stop = _stretch(slot, table, bounds, T, SEGMENT, SEGMENTS, PACKED)
+    slot, sequence, _local, start, stop, channels = _place(table, bounds, T, D, SEGMENT, SEGMENTS, PACKED, BD, VEC)
     if sequence >= 0:
         steps = tl.arange(0, BT)
-        channels = tl.max_contiguous(tl.program_id(0) % blocks * BD + tl.arange(0, BD), VEC)
         real = (channels < D)[None, :]
         length = (stop - start).to(tl.int32)
         whole = length // BT * BT
@@ -168,12 +178,9 @@ def hgrn_forward_kernel(
     STAGES: tl.constexpr,
 ):
     """h_t = exp(g_t) h_{t−1} + x_t."""
-    blocks: tl.constexpr = (D + BD - 1) // BD
     narrow: tl.constexpr = D % BD != 0
-    slot = tl.program_id(0) // blocks
-    sequence, local, start, stop = _stretch(slot, table, bounds, T, SEGMENT, SEGMENTS, PACKED)
+    slot, sequence, local, start, stop, channels = _place(table, bounds, T, D, SEGMENT, SEGMENTS, PACKED, BD, VEC)
     if sequence >= 0:
-        channels = tl.max_contiguous(tl.program_id(0) % blocks * BD + tl.arange(0, BD), VEC)
         real = (channels < D)[None, :]
         length = (stop - start).to(tl.int32)
         whole = length // BT * BT
@@ -255,12 +262,9 @@ def hgrn_backward_kernel(
     STAGES: tl.constexpr,
 ):
     """dx_t = dh_t + exp(g_{t+1}) dx_{t+1} and dg_t = dx_t exp(g_t) h_{t−1}, from the last step to the first."""
-    blocks: tl.constexpr = (D + BD - 1) // BD
     narrow: tl.constexpr = D % BD != 0
-    slot = tl.program_id(0) // blocks
-    sequence, local, start, stop = _stretch(slot, table, bounds, T, SEGMENT, SEGMENTS, PACKED)
+    slot, sequence, local, start, stop, channels = _place(table, bounds, T, D, SEGMENT, SEGMENTS, PACKED, BD, VEC)
     if sequence >= 0:
-        channels = tl.max_contiguous(tl.program_id(0) % blocks * BD + tl.arange(0, BD), VEC)
         real = (channels < D)[None, :]
         length = (stop - start).to(tl.int32)
         own = sequence.to(tl.int64) * D + channels
