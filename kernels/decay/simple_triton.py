@@ -295,7 +295,7 @@ def _stream(
     x, y, z = xyz
     x_width, z_width = x.shape[3], z.shape[3]
     out = x.new_empty((*x.shape[:2], p.value_heads, z_width))
-    arguments = {
+    arguments: dict[str, Any] = {
         "x": x,
         "y": y,
         "z": z,

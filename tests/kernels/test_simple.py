@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from fla_swap.errors import KernelError
@@ -60,14 +61,14 @@ def make(
     key: int = KEY,
     value: int = VALUE,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Random arguments that require gradients; two value heads share a query and key head."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    made = {n: normal(batch, time, heads, key).to(dtype) for n in ("q", "k")}
+    made: dict[str, Any] = {n: normal(batch, time, heads, key).to(dtype) for n in ("q", "k")}
     made["v"] = normal(batch, time, value_heads, value).to(dtype)
     if name == "simple_gla":
         made["g"] = -torch.rand(batch, time, value_heads, generator=generator) / 5
@@ -254,6 +255,7 @@ def test_two_halves_with_the_state_handed_over_equal_the_whole(implementation: s
         piece = {n: x[:, part] for n, x in inputs.items()}
         o, state = simple_gla(**piece, initial_state=state, output_final_state=True, implementation=implementation)
         pieces.append(o)
+    assert final is not None and state is not None
     assert error(torch.cat(pieces, 1), whole) <= FP32_BAR and error(state, final) <= FP32_BAR
 
 
