@@ -30,6 +30,7 @@ from fla_swap.kernels.decay.simple_triton_kernels import (
     tail_kernel,
 )
 from fla_swap.kernels.decay.simple_triton_whole import keys_values_kernel, whole_kernel
+from fla_swap.kernels.launching import Configuration, describe, has_large_memory
 
 CHUNK = 64
 RESET_TOKENS = 256  # the most after which gate gradients start anew from a stored state
@@ -51,7 +52,7 @@ class Tiles:
 def choose_tiles(kind: str, contracted: int, width: int, gate: int, reverse: bool, large: bool) -> Tiles:
     """The configuration for a pass (`stream`, `segment`) over a state of [contracted, width] (padded).
 
-    `large`: the chip gives a block 200 KiB of shared memory or more; the others get smaller tiles where they must.
+    `large`: see `has_large_memory`; other chips get smaller tiles where they must.
     Measured on an H200.
     """
     block = min(width, 64)
@@ -61,13 +62,6 @@ def choose_tiles(kind: str, contracted: int, width: int, gate: int, reverse: boo
         return Tiles(block=block, warps=8, stages=2) if large else Tiles(block=min(width, 32), warps=8, stages=1)
     stages = 3 if large and contracted <= 64 else 2
     return Tiles(block=block, warps=4, stages=stages, early=gate != 1, defer=gate < 2 or not reverse)
-
-
-def has_large_memory(device: torch.device) -> bool:
-    """See `choose_tiles`."""
-    if device.type != "cuda":
-        return False
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 200 << 10
 
 
 SMALL = Tiles(block=64, warps=4, stages=1)
@@ -108,18 +102,13 @@ class Problem:
 
     @property
     def place(self) -> dict[str, Any]:
-        place = {"bounds": self.bounds, "table": self.table, "T": self.time}
-        return {**place, "PIECES": self.pieces, "LENGTH": self.length, "tokens": self.tokens, "slots": self.chunk_slots}
+        place = {"bounds": self.bounds, "table": self.table, "T": self.time, "tokens": self.tokens}
+        return {**place, "PIECES": self.pieces, "LENGTH": self.length, "slots": self.chunk_slots}
 
     @property
     def common(self) -> dict[str, Any]:
-        return {
-            "H": self.heads,
-            "HV": self.value_heads,
-            "GATE": self.gate,
-            "DOT": self.dot,
-            "PRECISION": self.precision,
-        }
+        heads = {"H": self.heads, "HV": self.value_heads}
+        return {**heads, "GATE": self.gate, "DOT": self.dot, "PRECISION": self.precision}
 
     def padded(self, width: int) -> int:
         """Hopper needs matrix operands 64 wide."""
@@ -578,12 +567,12 @@ def step(
     return out
 
 
-def configurations(large: bool = False) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+def configurations(large: bool = False) -> Iterator[Configuration]:
     """Kernels as shipped: name, kernel, signature, constexprs, num_warps, num_stages (of other loops than ours)."""
-    found: dict[str, tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = {}
+    found: dict[str, Configuration] = {}
 
     def record(kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:
-        signature, constexprs = _describe(kernel, arguments)
+        signature, constexprs = describe(kernel, arguments)
         name = f"{kernel.fn.__name__} {[*signature.values()]} {constexprs}"
         found.setdefault(name, (name, kernel, signature, constexprs, tiles.warps, 1))
 
@@ -606,29 +595,3 @@ def _record_calls(width: int, gate: int, packed: bool, large: bool, record: Laun
     forward(q, k, v, g, state, bounds, 0.5, True, launch=record, large=large)
     backward(q, k, v, g, state, bounds, o, state, 0.5, gate > 0, launch=record, large=large)
     step(q, k, v, g, state[:1], 0.5, launch=record)
-
-
-_TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-
-
-def _describe(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Triton's signature and constexprs for a launch with these arguments."""
-    signature: dict[str, str] = {}
-    constexprs: dict[str, Any] = {}
-    for parameter in kernel.params:
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name] = "constexpr"
-            constexprs[parameter.name] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = _TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    return signature, constexprs

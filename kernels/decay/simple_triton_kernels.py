@@ -241,12 +241,13 @@ def cumulate_kernel(
     gates = gates.to(sums.dtype.element_ty) * LOG2E
     total = tl.sum(gates, 0)[None, :]
     gates = tl.cumsum(gates, 0)
-    at = sums + ((h[None, :] * slots + first // C + sequence) * C + i[:, None]) * 4
-    known = (h < HV)[None, :] & (count > 0)
-    tl.store(at, gates, mask=known)
-    tl.store(at + 1, tl.exp2(gates), mask=known)
-    tl.store(at + 2, tl.exp2(total - gates), mask=known)
-    tl.store(at + 3, tl.exp2(total) + gates * 0, mask=known)
+    start = tl.join(gates, tl.exp2(gates))
+    end = tl.join(tl.exp2(total - gates), tl.exp2(total) + gates * 0)
+    columns = tl.reshape(tl.permute(tl.join(start, end), (0, 1, 3, 2)), (C, BH, 4))
+    at = ((h[None, :, None] * slots + first // C + sequence) * C + i[:, None, None]) * 4 + tl.arange(0, 4)[
+        None, None, :
+    ]
+    tl.store(sums + at, columns, mask=(h < HV)[None, :, None] & (count > 0))
 
 
 @triton.jit(do_not_specialize=["T", "PIECES", "LENGTH", "tokens", "slots", "H", "HV"])
