@@ -93,7 +93,7 @@ def _measure(row: Row, case: Case, shape: Shape, task: Task, turn: Turn) -> None
     with turn():
         row.eager = _eager(steps, task.device) / copies
         if task.device.startswith("cuda"):
-            row.graph = _graph(steps) / copies
+            row.graph = graph_time(steps) / copies
 
 
 def _eager(run: Callable[[], None], device: str, rounds: int = 5) -> float:
@@ -108,7 +108,7 @@ def _eager(run: Callable[[], None], device: str, rounds: int = 5) -> float:
     return statistics.median(times)
 
 
-def _graph(run: Callable[[], None], rounds: int = 20) -> float:
+def graph_time(run: Callable[[], None], rounds: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()

@@ -3,11 +3,12 @@
     python -m fla_swap.bench.same --device cuda --out results/same-h200.md [--quick]
 
 Three models as transformers builds them, random weights, bf16, hidden size 2048: three linear layers and one of softmax
-attention in the shape of Qwen3-Next (gated delta rule), Bamba (state space) and MiniMax (fixed decay), with small
+attention in the shape of Qwen3-Next (gated delta rule), Bamba (state space) and MiniMax (fixed decay), with dense
 feed-forwards. Before: transformers' torch code of the linear layers, which it runs where no kernel package is
 installed. After: the same model, swapped. Forward is a pass over the tokens, prefill the same with a cache, decode one
-token on a cache of 2048, all called from Python. Differences: the largest of the bf16 logits to the original's in fp32,
-relative to the largest logit. "Out of memory" is more than 30% of the GPU's.
+token on a cache of 2048; in a CUDA graph (the GPU alone) and as called from Python. Differences: the largest of the
+bf16 logits to the original's in fp32, relative to the largest logit. A dash: more than 30% of the GPU's memory, or what
+cannot be captured.
 
 Each model runs in a process of its own, one at a time measures.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -28,7 +30,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
+from fla_swap.bench.decode import graph_time
 from fla_swap.bench.numerics import environment
 from fla_swap.bench.rewrite import alone, measure
 from fla_swap.inspection import inspect
@@ -43,7 +47,7 @@ MEMORY = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement: medians in milliseconds, peaks in GiB, of the model before and after."""
+    """One measurement of the model before and after: median milliseconds (`_graph`: in a CUDA graph), peak GiB."""
 
     model: str
     what: str
@@ -51,6 +55,8 @@ class Row:
     after: float | None = None
     before_memory: float | None = None
     after_memory: float | None = None
+    before_graph: float | None = None
+    after_graph: float | None = None
     note: str = ""
 
 
@@ -60,7 +66,10 @@ def build(name: str, device: str, quick: bool) -> Any:
 
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(_config(name, quick))
+        model: Any = AutoModelForCausalLM.from_config(_config(name, quick))
+        if name == "minimax":
+            for layer in model.model.layers:
+                layer.mlp = nn.Linear(model.config.hidden_size, model.config.hidden_size, bias=False)
     return model.eval()
 
 
@@ -78,16 +87,14 @@ def _config(name: str, quick: bool) -> Any:
         heads = 2 * width // 64
         state = 16 if quick else 128
         return BambaConfig(**shared, attn_layer_indices=[3], mamba_n_heads=heads, mamba_d_head=64, mamba_d_state=state)
-    experts: dict[str, Any] = dict(num_experts_per_tok=1)
     if name == "minimax":
-        own: dict[str, Any] = dict(head_dim=32 if quick else 128, num_local_experts=2)
-        return MiniMaxConfig(**shared | experts | own, layer_types=layers)
-    experts |= dict(num_experts=2, moe_intermediate_size=width // 2, shared_expert_intermediate_size=width)
+        own: dict[str, Any] = dict(head_dim=32 if quick else 128, num_local_experts=1)
+        return MiniMaxConfig(**shared | own, num_experts_per_tok=1, layer_types=layers)
     sizes = (2, 4, 16) if quick else (16, 32, 128)
     names = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim")
     linear: dict[str, Any] = dict(zip(names, sizes, strict=True))
     linear |= dict(linear_value_head_dim=sizes[2], head_dim=32 if quick else 128, layer_types=layers)
-    return Qwen3NextConfig(**shared | experts | linear)
+    return Qwen3NextConfig(**shared | linear, num_experts=1, num_experts_per_tok=1, mlp_only_layers=[0, 1, 2, 3])
 
 
 @torch.no_grad()
@@ -122,21 +129,27 @@ def work(name: str, device: str, quick: bool, lock: Path, report: Callable[[Row]
         passes[f"forward {n}"] = lambda m, n=n: m(ids[:, :n], use_cache=False)
         passes[f"prefill {n}"] = lambda m, n=n: m(ids[:, :n], use_cache=True)
     for what, run in passes.items():
-        cells = [_measured(lambda m=m, run=run: run(m), device, lock) for m in (before, after)]
-        (old, old_memory), (new, new_memory) = cells
-        report(Row(model=name, what=what, before=old, after=new, before_memory=old_memory, after_memory=new_memory))
+        old, new = (_measured(lambda m=m, run=run: run(m), device, lock) for m in (before, after))
+        row = Row(model=name, what=what, before=old[0], after=new[0], before_memory=old[1], after_memory=new[1])
+        report(dataclasses.replace(row, before_graph=old[2], after_graph=new[2]))
 
 
-def _measured(run: Callable[[], Any], device: str, lock: Path) -> tuple[float | None, float | None]:
-    """(milliseconds, peak GiB), None where it ran out of memory."""
+def _measured(run: Callable[[], Any], device: str, lock: Path) -> tuple[float | None, float | None, float | None]:
+    """(milliseconds as called, peak GiB, milliseconds in a CUDA graph), None where it ran out of memory."""
+    found: tuple[float | None, float | None, float | None] = (None, None, None)
     try:
         with alone(lock):
-            return measure(run, device)
+            found = (*measure(run, device), None)
+            if device.startswith("cuda"):
+                found = (*found[:2], graph_time(run, 10))
     except torch.OutOfMemoryError:
-        return None, None
+        pass
+    except RuntimeError as error:  # what cannot be captured
+        sys.stdout.write(f"no graph: {str(error)[:200]}\n")
     finally:
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
+    return found
 
 
 def in_process(name: str, device: str, quick: bool, lock: Path) -> subprocess.Popen[bytes]:
@@ -147,22 +160,21 @@ def in_process(name: str, device: str, quick: bool, lock: Path) -> subprocess.Po
 
 def table(rows: list[Row]) -> list[str]:
     """Markdown: a line for each model and pass."""
-    lines = ["| model | pass | before | after | faster | memory |", "|---|---|---|---|---|---|"]
+    lines = ["| model | pass | before, in a graph | after | faster | before, as called | after | faster | memory |"]
+    lines += ["|---" * 9 + "|"]
     for row in (r for r in rows if r.what.split()[0] in ("forward", "prefill", "decode")):
-        cells = [_cell(row.before, row.before_memory), _cell(row.after, row.after_memory)]
-        faster = f"{row.before / row.after:.1f}×" if row.before and row.after else "–"
-        sizes = row.before_memory, row.after_memory
-        memory = f"{sizes[0] / sizes[1]:.2f}×" if sizes[0] and sizes[1] else "–"
-        lines.append(f"| {row.model} | {row.what} | {cells[0]} | {cells[1]} | {faster} | {memory} |")
+        cells = [row.model, row.what]
+        for old, new in ((row.before_graph, row.after_graph), (row.before, row.after)):
+            cells += [_cell(old), _cell(new), f"{old / new:.1f}×" if old and new else "–"]
+        sizes = [f"{x:.2f}" if x else "–" for x in (row.before_memory, row.after_memory)]
+        lines.append("| " + " | ".join([*cells, " → ".join(sizes) + " GiB"]) + " |")
     lines += ["", "| model | logits before, to fp32 | after |", "|---|---|---|"]
     lines += [f"| {r.model} | {r.before:.1e} | {r.after:.1e} |" for r in rows if r.what == "difference"]
     return [*lines, "", *(f"- {r.model}: {r.note}" for r in rows if r.note)]
 
 
-def _cell(milliseconds: float | None, gigabytes: float | None) -> str:
-    if milliseconds is None:
-        return "out of memory"
-    return f"{milliseconds:.2f} ms" + ("" if gigabytes is None else f", {gigabytes:.2f} GiB")
+def _cell(milliseconds: float | None) -> str:
+    return "–" if milliseconds is None else f"{milliseconds:.2f} ms"
 
 
 def write(rows: list[Row], device: str, out: Path) -> None:

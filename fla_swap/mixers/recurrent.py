@@ -31,12 +31,14 @@ class RecurrentConfig(StatefulConfig):
         scale: factor on q; None: the mixer's own default.
         use_rope: rotate q and k as the site does (HyPE keeps it in linear layers); False drops it.
         qk_activation: feature map on q and k: None, "silu", "relu" or "elu".
+        qkv_activation: the same on what is projected to q, k and v, before anything else.
     """
 
     expand_k: float = 1.0
     scale: float | None = None
     use_rope: bool = True
     qk_activation: str | None = None
+    qkv_activation: str | None = None
 
     def expand_of_keys(self) -> float:
         return self.expand_k
@@ -119,6 +121,7 @@ class RecurrentMixer(StatefulMixer):
     ) -> Tensor:
         inputs = self.inputs(x, tokens, state)
         q, k, v = self.project_apart(inputs.q, inputs.k, inputs.v)
+        q, k, v = (activate(x, self.config.qkv_activation) for x in (q, k, v))
         if self.conv is not None:
             line = self.convolve(torch.cat((q, k, v), -1), tokens, state)
             q, k, v = line.split((q.shape[-1], k.shape[-1], v.shape[-1]), -1)
@@ -148,3 +151,4 @@ def check_recurrent(config: RecurrentConfig, where: str) -> None:
     if max(widths) > MAX_HEAD_DIM:
         raise MixerError(f"{where}: heads of {max(widths)} channels; the kernels take at most {MAX_HEAD_DIM}")
     check_activation(config.qk_activation, where)
+    check_activation(config.qkv_activation, where, "qkv_activation")

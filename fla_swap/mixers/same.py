@@ -39,10 +39,10 @@ def same_options(site: AttentionSite) -> dict[str, Any]:
         "v_bias": site.v.bias is not None,
         "o_bias": site.o is not None and site.o.bias is not None,
         "output_size": site.output_size,
-        # An activation of q, k and v without a convolution is one behind a convolution over the token itself.
-        "conv_size": 1 if read.taps is None and read.activation is not None else read.taps,
+        "conv_size": read.taps,
+        "qkv_activation": read.activation if read.taps is None else None,
         "conv_bias": read.conv_bias is not None,
-        "conv_activation": read.activation,
+        "conv_activation": None if read.taps is None else read.activation,
         "output_norm": norm is not None,
         "norm_after_gate": read.gate_first,
         "output_gate": gate,
