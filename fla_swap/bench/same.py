@@ -129,27 +129,36 @@ def work(name: str, device: str, quick: bool, lock: Path, report: Callable[[Row]
         passes[f"forward {n}"] = lambda m, n=n: m(ids[:, :n], use_cache=False)
         passes[f"prefill {n}"] = lambda m, n=n: m(ids[:, :n], use_cache=True)
     for what, run in passes.items():
-        old, new = (_measured(lambda m=m, run=run: run(m), device, lock) for m in (before, after))
-        row = Row(model=name, what=what, before=old[0], after=new[0], before_memory=old[1], after_memory=new[1])
-        report(dataclasses.replace(row, before_graph=old[2], after_graph=new[2]))
+        old, new = (_guarded(lambda m=m, run=run: measure(lambda: run(m), device), lock) for m in (before, after))
+        cells = {"before": old, "after": new}
+        times = {side: cell[0] for side, cell in cells.items() if cell}
+        report(Row(model=name, what=what, **times, **{f"{s}_memory": cell[1] for s, cell in cells.items() if cell}))
+    for what, run in passes.items() if device.startswith("cuda") else ():
+        old, new = (_guarded(lambda m=m, run=run: graph_time(lambda: run(m), 10), lock) for m in (before, after))
+        report(Row(model=name, what=what, before_graph=old, after_graph=new))
 
 
-def _measured(run: Callable[[], Any], device: str, lock: Path) -> tuple[float | None, float | None, float | None]:
-    """(milliseconds as called, peak GiB, milliseconds in a CUDA graph), None where it ran out of memory."""
-    found: tuple[float | None, float | None, float | None] = (None, None, None)
+def _guarded(run: Callable[[], Any], lock: Path) -> Any:
+    """What `run` gives while nothing else is measured; None where it runs out of memory, or cannot be captured."""
     try:
         with alone(lock):
-            found = (*measure(run, device), None)
-            if device.startswith("cuda"):
-                found = (*found[:2], graph_time(run, 10))
-    except torch.OutOfMemoryError:
-        pass
-    except RuntimeError as error:  # what cannot be captured
-        sys.stdout.write(f"no graph: {str(error)[:200]}\n")
+            return run()
+    except RuntimeError as error:
+        sys.stdout.write(f"{str(error)[:300]}\n")
+        return None
     finally:
-        if device.startswith("cuda"):
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return found
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """One row for each model and pass."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        known = {n: v for n, v in asdict(row).items() if v is not None}
+        key = (row.model, row.what)
+        found[key] = dataclasses.replace(found[key], **known) if key in found else row
+    return list(found.values())
 
 
 def in_process(name: str, device: str, quick: bool, lock: Path) -> subprocess.Popen[bytes]:
@@ -162,7 +171,7 @@ def table(rows: list[Row]) -> list[str]:
     """Markdown: a line for each model and pass."""
     lines = ["| model | pass | before, in a graph | after | faster | before, as called | after | faster | memory |"]
     lines += ["|---" * 9 + "|"]
-    for row in (r for r in rows if r.what.split()[0] in ("forward", "prefill", "decode")):
+    for row in (r for r in merged(rows) if r.what.split()[0] in ("forward", "prefill", "decode")):
         cells = [row.model, row.what]
         for old, new in ((row.before_graph, row.after_graph), (row.before, row.after)):
             cells += [_cell(old), _cell(new), f"{old / new:.1f}×" if old and new else "–"]
