@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ PADDING = (torch.arange(37) >= torch.tensor([[0], [9]])).long()
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 12}
 
 
-def swapped(family: str):
+def swapped(family: str) -> Any:
     return fs.swap_(linear_model(family), fs.plan(linear_report(family), mixer="same"))
 
 
