@@ -13,13 +13,6 @@ import triton.language as tl
 from fla_swap.kernels.delta.triton_tiles import EPS, L, chunk_rows, column, mm_add, put, put_column, tile
 
 
-@triton.jit
-def _token_gates(ahead, behind, through):
-    """From the gradients of e^(sums from the chunk's start) and e^(sums to its end) those of each token's gate."""
-    i = tl.arange(0, L)
-    return tl.sum(tl.where(i[None, :] >= i[:, None], ahead[None, :], behind[None, :]), 1) + through
-
-
 @triton.jit(do_not_specialize=["T", "slots"])
 def pair_gradient_kernel(
     k, v, d_o, du, v_new, pair, beta, gates, q_norm, k_norm, dv, weights, sums, chunks, T, slots, scale,
@@ -198,14 +191,15 @@ def gates_kernel(
         d_factor += tl.load(sums + 2 * slots * L)
     if GATE == 1:
         ahead = tl.load(sums) - tl.load(sums + slots * L) + d_factor * column(beta + row0 * HV + h, rows, HV)
-        behind = tl.zeros((L,), dtype=tl.float32)
+        behind = tl.zeros((L,), dtype=tl.float32)  # of the token before
         through = behind
         for part in tl.static_range(TILES):
             at = parts + (part * 4 * slots + slot) * L + i
             ahead += tl.load(at)
-            behind += tl.load(at + slots * L)
+            behind += tl.load(at + slots * L - 1, mask=i > 0, other=0.0)
             through += tl.load(at + 3 * slots * L)
-        put_column(dg + row0 * HV + h, _token_gates(ahead, behind, through), rows, HV)
+        gate = tl.cumsum(ahead, 0, reverse=True) + tl.cumsum(behind, 0) + through
+        put_column(dg + row0 * HV + h, gate, rows, HV)
     d_factor += tl.load(sums + (1 if GATE == 2 else 4) * slots * L)
     put_column(d_beta + row0 * HV + h, d_factor, rows, HV)
 

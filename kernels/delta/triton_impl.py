@@ -474,7 +474,7 @@ def _gradients(
     else:
         p.run_some(gradients.pair_gradient_kernel, p.slots, given)
         p.run_some(gradients.key_gradient_kernel, p.slots * columns, given)
-    p.run_some(gradients.gates_kernel, p.slots, given)
+    p.run_some(gradients.gates_kernel, p.slots, given, warps=1)
     return d_q, d_k, d_v, d_g, d_beta
 
 
