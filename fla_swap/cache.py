@@ -68,6 +68,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         self.count: Any = 0
         self.fresh = True
         self.packed = self.by_row = False
+        self.counting = True
         self.calls: list[Call] = []
         self.snapshot: State = {}
         self.settled = True
@@ -87,6 +88,8 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more (negative: fewer)."""
+        if not self.counting:
+            return
         if self.counts_on_device:
             self.count.add_(tokens)
         else:

@@ -18,7 +18,9 @@ from transformers import StaticCache
 
 from fla_swap.decoding import Decoder, allocate, bucket, on_device, with_decode
 from fla_swap.errors import SwapError
+from fla_swap.few_tokens import few, rewrite
 from fla_swap.regions import compile_regions
+from fla_swap.rewriting.backend import lower
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,7 +53,18 @@ def by_layer(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any
 
     if torch.is_grad_enabled():
         return compile_piece(module, inputs)
-    return compile_regions(module, compile_piece)
+    return compile_regions(module, lambda piece, values: compile_piece(for_few_tokens(piece, values), values))
+
+
+def for_few_tokens(piece: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
+    """A piece that a GPU runs on few tokens, rewritten (`few_tokens`); another one as it is."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    if not all(t.device.type == "cuda" for t in tensors) or not few(tensors) or torch.is_autocast_enabled("cuda"):
+        return piece
+    lowered = lower(piece)
+    rewrite(lowered.graph)
+    lowered.recompile()
+    return lowered
 
 
 class CompiledForward:

@@ -10,7 +10,8 @@ Legend for shapes: B rows (padded to a bucket), T prompt tokens, L slots of the 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class Session:
         self.cursor = torch.zeros(1, dtype=torch.long, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.alive = torch.zeros(1, dtype=torch.long, device=device)
+        self.counts = [layer.count for layer in cache.layers if isinstance(layer, StateLayer)]
         self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
 
     def start(self, ids: Tensor, mask: Tensor, real_rows: int) -> None:
@@ -167,7 +169,7 @@ class Decoder:
         return known
 
     def run(self, session: Session, choice: Choice, padded: bool) -> None:
-        """One step in place: forward of the last token, choice of the next."""
+        """One step in place, inside `stepping`: forward of the last token, choice of the next."""
         output = self.step(
             input_ids=session.token,
             attention_mask=session.mask if padded else None,
@@ -176,6 +178,8 @@ class Decoder:
             use_cache=True,
             return_dict=True,
         )
+        if session.counts:
+            torch._foreach_add_(session.counts, 1)  # pyright: ignore[reportPrivateImportUsage]
         choice(session, output.logits[:, -1])
 
     def capture(self, session: Session, choice: Choice, padded: bool) -> torch.cuda.CUDAGraph:
@@ -200,6 +204,19 @@ class Decoder:
             every = 1 if streamer is not None or not self.cuda_graphs else CHECK_EVERY
             if flag is not None and (index + 1) % every == 0 and flag.up(wait=every == 1):
                 return
+
+
+@contextmanager
+def stepping(cache: StaticCache) -> Iterator[None]:
+    """While this is open, every call brings one token a row, which counts: no layer looks for padding, none counts."""
+    layers = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
+    for layer in layers:
+        layer.by_row, layer.counting = True, False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.by_row, layer.counting = False, True
 
 
 class Flag:
@@ -280,7 +297,8 @@ def decode(
     if streamer is not None:
         streamer.put(session.token[:asked, 0].to("cpu", copy=True))
     time = input_ids.shape[1]
-    decoder.steps(session, choice, criteria.max_length - time - 1, padded, streamer, asked)
+    with stepping(cache):
+        decoder.steps(session, choice, criteria.max_length - time - 1, padded, streamer, asked)
     if streamer is not None:
         streamer.end()
     return session.ids[:asked, : time + int(session.alive)].clone()
