@@ -22,6 +22,7 @@ from transformers.generation import logits_process, stopping_criteria
 
 from fla_swap.cache import StateLayer
 from fla_swap.stateful import prepare_cache
+from fla_swap.whole_prompts import whole_prompt
 
 # Rows are padded to one of these, so that a batch of 3 uses the graph of 4. Larger ones: the next multiple of the last.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -289,7 +290,7 @@ def decode(
     mask = kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     padded = not bool(mask.all())
-    outputs = model._prefill(input_ids, config, kwargs)
+    outputs = _prefill(model, input_ids, config, kwargs, padded)
     session = decoder.session(cache, rows, input_ids.device)
     session.start(input_ids, mask, asked)
     choice = Choice(processors, config, criteria)
@@ -302,6 +303,13 @@ def decode(
     if streamer is not None:
         streamer.end()
     return session.ids[:asked, : time + int(session.alive)].clone()
+
+
+def _prefill(model: Any, input_ids: Tensor, config: Any, kwargs: dict[str, Any], padded: bool) -> Any:
+    if padded or input_ids.shape[1] == 1 or int(kwargs["past_key_values"].get_seq_length()):
+        return model._prefill(input_ids, config, kwargs)
+    with whole_prompt(model) as able:
+        return model._prefill(input_ids, config, {**kwargs, "attention_mask": None} if able else kwargs)
 
 
 def with_decode(kind: type[nn.Module], decoder: Decoder) -> type[nn.Module]:

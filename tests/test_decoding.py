@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from sites import prompts, report_of, tiny
 from torch._dynamo.utils import counters
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from fla_swap.compilation import compile
 from fla_swap.decoding import bucket
 from fla_swap.planning import plan
 from fla_swap.swapping import swap_
+from fla_swap.whole_prompts import NAME, whole_prompt, whole_prompt_mask
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +91,15 @@ def test_a_streamer_gets_every_token(models):
     collected = Collect()
     text = models[1].generate(ids, do_sample=False, max_new_tokens=6, streamer=collected)
     assert collected.ended and torch.equal(torch.cat(collected.parts), text[0])
+
+
+def test_a_prompt_without_padding_is_read_without_a_mask(models):
+    sizes: dict[str, Any] = {"batch_size": 1, "q_length": 3, "kv_length": 8}
+    assert whole_prompt_mask(**sizes) is None
+    window = whole_prompt_mask(**sizes, mask_function=sliding_window_causal_mask_function(2))
+    assert window is not None and window[0, 0].sum(-1).tolist() == [1, 2, 2]
+    with whole_prompt(models[0]) as able:
+        assert able and models[0].config._attn_implementation == NAME
+    ids, mask = prompts(batch=2, padding=0)
+    same(models, ids, attention_mask=mask, do_sample=False, max_new_tokens=5)
+    assert models[1].config._attn_implementation == "sdpa"
