@@ -24,7 +24,8 @@ from fla_swap.rewriting.backend import lower
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# A compiled model's static caches are this many tokens long, or a multiple: fewer lengths, fewer compilations.
+# A compiled model's static caches are this many tokens long, or a power of two or half as much again times as many:
+# each length is compiled, so there are few.
 CACHE_STEP = 64
 RECOMPILE_LIMIT = 64
 # Arguments with dimensions that vary with the length: name → rank → those dimensions.
@@ -38,10 +39,23 @@ TIME: dict[str, dict[int, list[int]]] = {
 }
 
 
-def whole_graph(forward: Callable[..., Any], *, backend: str = "inductor") -> Callable[..., Any]:
-    """`forward` compiled without graph breaks; Inductor compiles each distinct layer once (`regions`)."""
+def cache_length(tokens: int) -> int:
+    """The length of the static cache that holds so many tokens."""
+    size = CACHE_STEP
+    while size < tokens:
+        size += size // 2 if size & (size - 1) == 0 else size // 3
+    return size
+
+
+def whole_graph(
+    forward: Callable[..., Any], *, backend: str = "inductor", dynamic: bool | None = None
+) -> Callable[..., Any]:
+    """`forward` compiled without graph breaks; Inductor compiles each distinct layer once (`regions`).
+
+    dynamic: False: only the lengths that are marked vary; what decodes is compiled for its rows and its cache.
+    """
     chosen: Any = by_layer if backend == "inductor" else backend
-    return torch.compile(forward, fullgraph=True, backend=chosen, **_own_limits())
+    return torch.compile(forward, fullgraph=True, backend=chosen, dynamic=dynamic, **_own_limits())
 
 
 def by_layer(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -74,19 +88,22 @@ class CompiledForward:
         functools.update_wrapper(self, forward)
         self.__signature__ = inspect.signature(forward)
         self.whole = whole_graph(forward, backend=backend)
+        self.fixed = whole_graph(forward, backend=backend, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         tokens = next((given[n].shape[1] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
-        if tokens == 1 and given.get("past_key_values") is not None:
-            return self.whole(*args, **kwargs)
+        cache = given.get("past_key_values")
+        run = self.fixed if on_device(cache) else self.whole
+        if tokens == 1 and cache is not None:
+            return run(*args, **kwargs)
         for name, dimensions in TIME.items():
             value = given.get(name)
             for tensor in value.values() if isinstance(value, dict) else (value,):  # a mask for each kind of layer
                 if isinstance(tensor, Tensor) and tensor.dim() in dimensions:
                     torch._dynamo.maybe_mark_dynamic(tensor, dimensions[tensor.dim()])
-        return self.whole(*args, **kwargs)
+        return run(*args, **kwargs)
 
 
 class StaticCachePreparation:
@@ -110,7 +127,7 @@ class StaticCachePreparation:
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if not (chosen or rolls_back or model_kwargs.get("past_key_values") is not None):
             generation_config.cache_implementation = "static"
-            max_cache_length = -(-max_cache_length // CACHE_STEP) * CACHE_STEP
+            max_cache_length = cache_length(max_cache_length)
             single = mode.endswith(("sample", "greedy_search")) and not model.config.is_encoder_decoder
             if single and not generation_config.return_dict_in_generate:
                 cache = self.decoder.cache(model, bucket(rows), max_cache_length)
@@ -144,7 +161,7 @@ def compile(model: Model, *, backend: str = "inductor", cuda_graphs: bool | None
     target: Any = model
     forward = CompiledForward(target.forward, backend=backend)
     if hasattr(model, "_prepare_cache_for_generation"):
-        decoder = Decoder(forward.whole, cuda_graphs=graphs)
+        decoder = Decoder(forward.fixed, cuda_graphs=graphs)
         prepare = target._prepare_cache_for_generation
         target._prepare_cache_for_generation = StaticCachePreparation(model, prepare, decoder)
         target._valid_auto_compile_criteria = _never

@@ -96,7 +96,7 @@ def test_a_streamer_gets_every_token(models):
 def test_a_prompt_without_padding_is_read_without_a_mask(models):
     sizes: dict[str, Any] = {"batch_size": 1, "q_length": 3, "kv_length": 8}
     assert whole_prompt_mask(**sizes) is None
-    window = whole_prompt_mask(**sizes, mask_function=sliding_window_causal_mask_function(2))
+    window = whole_prompt_mask(**sizes, mask_function=sliding_window_causal_mask_function(2), local_size=2)
     assert window is not None and window[0, 0].sum(-1).tolist() == [1, 2, 2]
     with whole_prompt(models[0]) as able:
         assert able and models[0].config._attn_implementation == NAME
