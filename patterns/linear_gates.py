@@ -64,7 +64,8 @@ def read_decay(node: fx.Node, graph: CapturedGraph) -> Decay:
     """The decay around the softplus at `node`. Raises `Stop`."""
     given = node.args[1 if node.target in WHERE else 0]
     assert isinstance(given, fx.Node)
-    x, bias = graph.peel(given, CAST)[-1], None
+    x, bias = graph.peel(given, QUIET)[-1], None
+    x = x if x.target in ADD else graph.peel(given, CAST)[-1]
     if x.target in ADD and len(graph.open_inputs(x)) == 1 and len(x.all_input_nodes) == 2:
         closed = next(n for n in x.all_input_nodes if not graph.is_open(n))
         bias = _vector(closed, graph)
