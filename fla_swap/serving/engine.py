@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
+from fla_swap.compilation import whole_graph
 from fla_swap.decoding import allocate
 from fla_swap.errors import FlaSwapError
 from fla_swap.serving.slots import SlotCache
@@ -90,8 +91,8 @@ class Engine:
         self.alone = StaticCache(config=config.get_text_config(decoder=True), max_cache_len=tokens)
         allocate(model, self.alone, 1)
         forward: Callable[..., Any] = model.forward
-        self.prefill_forward = torch.compile(forward, fullgraph=True, dynamic=True) if compiled else forward
-        self.step_forward = torch.compile(forward, fullgraph=True) if compiled else forward
+        self.prefill_forward = whole_graph(forward, dynamic=True) if compiled else forward
+        self.step_forward = whole_graph(forward, dynamic=False) if compiled else forward
         self.use_graph = compiled and self.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.token = torch.zeros(slots, 1, dtype=torch.long, device=self.device)
