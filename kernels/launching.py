@@ -6,7 +6,9 @@ Imported only when Triton is chosen.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -71,3 +73,61 @@ def describe(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], di
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     return signature, constexprs
+
+
+_compiled: set[tuple[Any, ...]] = set()
+
+
+def compile_ahead(run: Callable[..., Any], device: torch.device, *arguments: Any, **options: Any) -> None:
+    """Compile side by side, in threads, the kernels that `run(*arguments, launch=…, **options)` is about to launch.
+
+    Once for each kind of arguments (dtypes, widths, flags), and on a GPU only: one after the other, as launches come,
+    they take two to three times as long. `run` is called with meta tensors, tuples of tensors included.
+    """
+    if device.type != "cuda":
+        return
+    kind = (run, device, *map(_kind, arguments), *sorted(options.items()))
+    if kind in _compiled:
+        return
+    _compiled.add(kind)
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    def record(kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **given: Any) -> None:
+        signature, constexprs = describe(kernel, given)
+        name = f"{kernel.fn.__name__} {[*signature.values()]} {constexprs}"
+        calls.setdefault(name, (kernel, grid, num_warps, num_stages, given))
+
+    run(*map(_meta, arguments), launch=record, **options)
+    if len(calls) < 2:
+        return
+    with ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1)) as pool:
+        for done in [pool.submit(_compile, device, *call) for call in calls.values()]:
+            done.result()
+
+
+def _compile(
+    device: torch.device, kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, given: dict[str, Any]
+) -> None:
+    with torch.cuda.device(device):
+        compiled = kernel.warmup(**given, grid=grid, num_warps=num_warps, num_stages=num_stages)
+        load = getattr(compiled, "_init_handles", None)  # otherwise loaded at the launch
+        if load is not None:
+            load()
+
+
+def _kind(x: Any) -> Any:
+    """What of an argument may choose a kernel; lengths do by whether a chunk is short, numbers by their type alone."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.ndim, x.shape[1] % 64 == 0 if x.ndim > 1 else None, x.shape[2:]
+    if isinstance(x, tuple):
+        return tuple(map(_kind, x))
+    return type(x) if isinstance(x, float) else x
+
+
+def _meta(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
+    if isinstance(x, tuple):
+        parts = [_meta(part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x

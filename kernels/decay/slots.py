@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fla_swap.errors import KernelError
 from fla_swap.kernels.common import check_cu_seqlens, check_shape, choose_implementation
-from fla_swap.kernels.decay.ops import gla, gla_step
+from fla_swap.kernels.decay.ops import gla, gla_step, wants_gradient
 from fla_swap.kernels.decay.slot_softmax import slot_softmax
 from fla_swap.kernels.decay.slot_writes import slot_writes
 from fla_swap.kernels.decay.slots_reference import abc_reference, gsa_reference
@@ -77,6 +77,7 @@ def gsa(
     groups = q.shape[2] // k.shape[2]
     k, v, s, g = (_repeat(x, groups) for x in (k, v, s.to(q.dtype), g))
     keys, values = (None, None) if initial_state is None else (_repeat(x, groups, 1) for x in initial_state)
+    _compile(chosen, q, k, v, s, g, (keys, values, None), cu_seqlens)
     scores, keys = gla(
         q,
         k,
@@ -166,6 +167,7 @@ def abc(
     options = {"scale": scale, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
     if chosen == "reference":
         return abc_reference(q, k, v, s, initial_state=initial_state, **options)
+    _compile(chosen, q, k, v, s, None, (None, None, running), cu_seqlens)
     weights, g, last = slot_writes(s, running, cu_seqlens=cu_seqlens, implementation=implementation)
     o, final = gsa(q, k, v, weights, g, initial_state=pair, implementation=implementation, **options)
     return o, None if final is None else (*final, last)
@@ -226,6 +228,23 @@ def _check_state(
     heads, slots = s.shape[2:]
     check_shape("the keys' state", state[0], (sequences, heads, k.shape[3], slots))
     check_shape("the values' state", state[1], (sequences, heads, slots, v.shape[3]))
+
+
+def _compile(
+    chosen: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    g: Tensor | None,
+    states: tuple[Tensor | None, Tensor | None, Tensor | None],
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Have all kernels of a first call compiled at once. Arguments as in `slots_triton.compile_slots`."""
+    if chosen == "triton" and not torch.compiler.is_compiling():
+        from fla_swap.kernels.decay.slots_triton import compile_slots
+
+        compile_slots(q, k, v, s, g, states, cu_seqlens, save=wants_gradient(q, k, v, s, g, *states))
 
 
 def _repeat(x: Tensor, groups: int, dim: int = 2) -> Tensor:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_swap.kernels.decay.triton_parts import BLOCK, _clip, _decay, _dot, _halves, _rows, _state_at, _unit
+from fla_swap.kernels.decay.triton_parts import BLOCK, _clip, _decay, _dot, _exp, _halves, _rows, _state_at, _unit
 
 
 @triton.jit(do_not_specialize=["T", "H", "STRIDE", "EVERY"])
 def carry_kernel(
-    b, y, gx, gy, initial, stored, final, units, T, H, STRIDE, EVERY, scale,
+    b, y, gx, gy, initial, stored, final, units, T, H, STRIDE, EVERY, scale, stored_scale,
     X: tl.constexpr, Y: tl.constexpr, X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, BY: tl.constexpr,
     C: tl.constexpr, REVERSE: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     GATE: tl.constexpr,
@@ -19,7 +19,8 @@ def carry_kernel(
     """S ← exp(X_end) S exp(Y_end) + Σ_t b_t y_tᵀ with their decay to the chunk's end.
 
     REVERSE: from the last chunk to the first, times `scale`, with the decay from the chunk's start. Stores the state
-    before every EVERY-th chunk (REVERSE: before the last of every EVERY chunks) and after the last one, as [X,Y].
+    before every EVERY-th chunk (REVERSE: before the last of every EVERY chunks), these times `stored_scale` instead,
+    and after the last one, as [X,Y].
     Grid: N · H · X_BLOCKS · Y_BLOCKS.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -49,18 +50,18 @@ def carry_kernel(
             marked = ((chunk + 1) % EVERY == 0) | (chunk == chunks - 1)
         if marked:
             place = stored + ((slot + chunk // EVERY) * H + head) * X * Y + tile
-            tl.store(place, (state * factor).to(stored.dtype.element_ty), mask=inside)
+            tl.store(place, (state * stored_scale).to(stored.dtype.element_ty), mask=inside)
         bt = _rows(b, start, count, head, H, rows, xs, X)
         yt = _rows(y, start, count, head, H, rows, ys, Y)
         if gx is not None:
             gates = _clip(_rows(gx, start, count, head, H, rows, xs, X))
             early, late = _halves(gates, C)
-            state *= tl.exp(early + late)[:, None]
+            state *= _exp(early + late)[:, None]
             bt = bt.to(tl.float32) * _decay(gates, early * 0.0, REVERSE, BEFORE and REVERSE, C, DOT, GATE)
         if gy is not None:
             gates_y = _clip(_rows(gy, start, count, head, H, rows, ys, Y))
             early_y, late_y = _halves(gates_y, C)
-            state *= tl.exp(early_y + late_y)[None, :]
+            state *= _exp(early_y + late_y)[None, :]
             yt = yt.to(tl.float32) * _decay(gates_y, early_y * 0.0, REVERSE, False, C, DOT, GATE)
         state += _dot(tl.trans(bt), yt, DOT, PRECISION)
     tl.store(final + row * X * Y + tile, state * factor, mask=inside)
@@ -90,9 +91,9 @@ def step_kernel(
             bonus = tl.load(u + head * K + keys, mask=keys < K, other=0.0).to(tl.float32)
             result = tl.sum(current * query[:, None], 0) + tl.sum(query * key * bonus, 0) * value
         if g is not None:
-            current *= tl.exp(tl.load(g + token * K + keys, mask=keys < K, other=0.0).to(tl.float32))[:, None]
+            current *= _exp(tl.load(g + token * K + keys, mask=keys < K, other=0.0).to(tl.float32))[:, None]
         if gv is not None:
-            current *= tl.exp(tl.load(gv + token * V + values, mask=values < V, other=0.0).to(tl.float32))[None, :]
+            current *= _exp(tl.load(gv + token * V + values, mask=values < V, other=0.0).to(tl.float32))[None, :]
         current += key[:, None] * value[None, :]
         if u is None:
             result = tl.sum(current * query[:, None], 0)

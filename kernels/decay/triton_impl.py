@@ -28,7 +28,7 @@ from fla_swap.kernels.decay.triton_prepare import pairs_kernel, prepare_kernel
 from fla_swap.kernels.decay.triton_side import side_kernel
 from fla_swap.kernels.decay.triton_stream import stream_kernel
 from fla_swap.kernels.decay.triton_value import value_kernel
-from fla_swap.kernels.launching import Configuration, Launch, Recorder, launch_now
+from fla_swap.kernels.launching import Configuration, Launch, Recorder, compile_ahead, has_large_memory, launch_now
 
 LEVELS = 6
 
@@ -48,8 +48,12 @@ def _carry(
     every: int,
     reverse: bool = False,
     before: bool = False,
+    stored_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """States before every `every`-th chunk (reverse: gradients after them) [·,H,K,V], and the last one [N,H,K,V]."""
+    """States before every `every`-th chunk (reverse: gradients after them) [·,H,K,V], and the last one [N,H,K,V].
+
+    stored_scale: in place of `scale`, for the former.
+    """
     stored = p.states(p.slots if every == 1 else p.units, p.narrow if every == 1 else torch.float32)
     final = p.states(p.sequences)
     x_blocks, y_blocks = blocks(b.shape[3]), blocks(y.shape[3])
@@ -67,6 +71,7 @@ def _carry(
         STRIDE=p.chunks if every == 1 else p.segments,
         EVERY=every,
         scale=scale,
+        stored_scale=scale if stored_scale is None else stored_scale,
         X=b.shape[3],
         Y=y.shape[3],
         X_BLOCKS=x_blocks,
@@ -365,6 +370,9 @@ def forward(
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Kept]:
     """Output [B,T,H,V] in q's dtype, final state [N,H,K,V] in fp32, and with `save` what helps backward."""
+    if launch is launch_now:
+        given = (q, k, v, g, gv, u, initial_state, cu_seqlens, scale)
+        compile_ahead(both, q.device, *given, large=has_large_memory(q.device), save=save)
     q, k, v, g, gv, u, initial_state, cu_seqlens = _contiguous(q, k, v, g, gv, u, initial_state, cu_seqlens)
     p = make_problem(q, v, cu_seqlens, launch, large)
     start, final = initial_state, None
@@ -405,6 +413,9 @@ def backward(
     kept: Kept = Kept(),  # noqa: B008 (immutable)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Gradients of q, k, v, g, gv, u and the initial state; those of absent gates and bonus are None."""
+    if launch is launch_now:
+        given = (kept, q, k, v, g, gv, u, initial_state, cu_seqlens, out_grad, final_grad, scale)
+        compile_ahead(_backward_from, q.device, *given, large=has_large_memory(q.device))
     q, k, v, g, gv, u, initial_state, cu_seqlens = _contiguous(q, k, v, g, gv, u, initial_state, cu_seqlens)
     do, final_grad = _contiguous(out_grad.to(q.dtype), final_grad)
     p = make_problem(q, v, cu_seqlens, launch, large)
@@ -414,7 +425,7 @@ def backward(
     os, vs = (do, v) if values is None else (values.readers, values.writers)
     assert qs is not None and os is not None
     if keys is not None and values is not None:
-        ends, initial_grad = _carry(p, q, do, (g, gv), final_grad, scale, every=1, reverse=True)
+        ends, initial_grad = _carry(p, q, do, (g, gv), final_grad, scale, every=1, reverse=True, stored_scale=1.0)
         starts, _ = _carry(p, k, v, (g, gv), initial_state, 1.0, every=1)
         dq = p.like(q)
         dk, dg, _ = _side(p, os, vs, q, k, (values, keys), (starts, ends), scale, flipped=True, z_grad=dq)
@@ -445,6 +456,32 @@ def backward(
     dv, dgv, _ = _side(p, q, k, do, v, (None, values), (starts, ends), scale)
     assert dk is not None and dq is not None
     return dq, dk, dv, None, dgv, None, initial_grad
+
+
+def both(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor | None,
+    u: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    *,
+    launch: Launch,
+    large: bool,
+    save: bool,
+) -> None:
+    """`forward` and, with `save`, the `backward` that will follow: what the first call compiles at once."""
+    inputs = (q, k, v, g, gv, u, initial_state, cu_seqlens)
+    o, _, kept = forward(*inputs, scale, launch=launch, large=large, save=save)
+    if save:
+        backward(*inputs, o, None, scale, launch=launch, large=large, kept=kept)
+
+
+def _backward_from(kept: Kept, *given: Any, launch: Launch, large: bool) -> None:
+    backward(*given, launch=launch, large=large, kept=kept)
 
 
 def step(

@@ -15,6 +15,7 @@ import triton.language as tl
 from fla_swap.kernels.decay.triton_parts import (
     BLOCK,
     _clip,
+    _exp,
     _halves,
     _locate,
     _pairs_by_level,
@@ -41,6 +42,12 @@ def prepare_kernel(
     rows = tl.arange(0, C)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     gates = _clip(_rows(g, first, count, head, H, rows, columns, D))
+    zt = gates
+    if z is not None:  # everything is under way before the first product waits
+        zt = _rows(z, first, count, head, H, rows, columns, D)
+    yt = gates
+    if y is not None:
+        yt = _rows(y, first, count, head, H, rows, columns, D)
     early, late = _halves(gates, C)
     steepest = early  # the first gate lies between no two rows of the chunk, unless readers leave out their own gate
     if not BEFORE:
@@ -59,23 +66,16 @@ def prepare_kernel(
         past = sums
         if BEFORE:
             past = _sums(rows[None, :] < rows[:, None], gates, DOT, GATE)
-        zt = _rows(z, first, count, head, H, rows, columns, D).to(tl.float32)
-        _store_rows(readers, zt * tl.exp(past - early[None, :]), first, count, head, H, rows, columns, D)
+        _store_rows(readers, zt.to(tl.float32) * _exp(past - early[None, :]), first, count, head, H, rows, columns, D)
     if writers is not None:
         if DOT == tl.bfloat16:  # noqa: SIM300 (one product less; its rounding is far below bf16's)
             future = total[None, :] - sums
         else:
             future = _sums(rows[None, :] > rows[:, None], gates, DOT, GATE)
-        yt = _rows(y, first, count, head, H, rows, columns, D).to(tl.float32)
-        _store_rows(writers, yt * tl.exp(future - late[None, :]), first, count, head, H, rows, columns, D)
+        _store_rows(writers, yt.to(tl.float32) * _exp(future - late[None, :]), first, count, head, H, rows, columns, D)
     if u is not None:
         bonus = tl.load(u + head * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-        products = tl.sum(
-            _rows(z, first, count, head, H, rows, columns, D).to(tl.float32)
-            * _rows(y, first, count, head, H, rows, columns, D).to(tl.float32)
-            * bonus[None, :],
-            1,
-        )
+        products = tl.sum(zt.to(tl.float32) * yt.to(tl.float32) * bonus[None, :], 1)
         tl.store(own + (block * TOKENS + first + rows) * H + head, products, mask=rows < count)
 
 

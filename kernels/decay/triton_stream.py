@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_swap.kernels.decay.triton_parts import _dot, _rows, _state_at, _store_rows, _unit
+from fla_swap.kernels.decay.triton_parts import _dot, _exp, _rows, _state_at, _store_rows, _unit
 from fla_swap.kernels.decay.triton_prepare import _any_slow
 
 
@@ -29,7 +29,7 @@ def stream_kernel(
 
     shifts, slow and slow_pairs from `triton_prepare`, or None without gates. own [tokens,H]: the weights of the pairs
     i = j, else None. initial, final: [units,H,·,·] fp32 or None. stored [slots,H,·,·] or None: the state as every chunk
-    reads it. States lie in memory as [X,Y]; FLIPPED: [Y,X].
+    reads it (REVERSE: divided by `scale`). States lie in memory as [X,Y]; FLIPPED: [Y,X].
     """
     program = tl.program_id(0).to(tl.int64)
     block, row = (program % Y_BLOCKS).to(tl.int32), program // Y_BLOCKS
@@ -50,7 +50,7 @@ def stream_kernel(
     if shifts is not None:
         chunk = chunks - 1 if REVERSE else chunks * 0
         begin = shifts + ((slot + chunk) * H + head) * 3 * X
-        state *= tl.exp(tl.load(begin + ENTER * X + xs, mask=(xs < X) & (chunks > 0), other=0.0))[:, None]
+        state *= _exp(tl.load(begin + ENTER * X + xs, mask=(xs < X) & (chunks > 0), other=0.0))[:, None]
     for step in range(0, chunks):
         chunk = step
         following = step + 1
@@ -69,7 +69,7 @@ def stream_kernel(
             forgets = _any_slow(slow, place, X_BLOCKS)
         if stored is not None:
             at_state = stored + place * X * Y + tile
-            tl.store(at_state, (state * factor).to(stored.dtype.element_ty), mask=inside)
+            tl.store(at_state, state.to(stored.dtype.element_ty), mask=inside)
         if out is not None:
             at = _rows(a, start, count, head, H, rows, xs, X)
             pairs = _dot(at, tl.trans(bt), DOT, PRECISION)
@@ -93,9 +93,9 @@ def stream_kernel(
             _store_rows(out, result * scale, start, count, head, H, rows, ys, Y)
         if shifts is not None:
             middle = tl.load(shifts + place * 3 * X + 2 * X + xs, mask=(xs < X) & forgets, other=0.0)
-            state *= tl.exp(middle)[:, None]
+            state *= _exp(middle)[:, None]
         state += _dot(tl.trans(bt), yt, DOT, PRECISION)
         if shifts is not None:
-            state *= tl.exp(link)[:, None]
+            state *= _exp(link)[:, None]
     if final is not None:
         tl.store(final + row * X * Y + tile, state * factor, mask=inside)

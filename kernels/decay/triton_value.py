@@ -17,6 +17,7 @@ from fla_swap.kernels.decay.triton_parts import (
     _clip,
     _decay,
     _dot,
+    _exp,
     _rows,
     _state_at,
     _store_rows,
@@ -54,16 +55,16 @@ def value_kernel(
         yt = _rows(writers, start, count, head, H, rows, ys, Y)
         shift = shifts + place * 3 * Y + ys
         entering = tl.load(shift, mask=ys < Y, other=0.0)
-        state *= tl.exp(entering)[None, :]
+        state *= _exp(entering)[None, :]
         if x_shifts is not None:
             x_shift = x_shifts + place * 3 * X + xs
-            state *= tl.exp(tl.load(x_shift, mask=xs < X, other=0.0))[:, None]
+            state *= _exp(tl.load(x_shift, mask=xs < X, other=0.0))[:, None]
         inter = _dot(at, state, DOT, PRECISION)
         pairs = _dot(at, tl.trans(bt), DOT, PRECISION)
         if x_shifts is not None:
             if _any_slow(x_slow, place, X_BLOCKS):
                 pairs = tl.load(slow_pairs + place * C * C + rows[:, None] * C + rows[None, :]).to(tl.float32)
-            state *= tl.exp(tl.load(x_shift + 2 * X, mask=xs < X, other=0.0))[:, None]
+            state *= _exp(tl.load(x_shift + 2 * X, mask=xs < X, other=0.0))[:, None]
         late = rows + tl.minimum(count, 0)  # not a constant of the loop: that would occupy registers
         distance = late[:, None] - rows[None, :]
         pairs = tl.where(distance >= 0, pairs, 0.0)
@@ -78,10 +79,10 @@ def value_kernel(
         else:
             result = (inter + _dot(pairs, yt, DOT, PRECISION)) * decay
         _store_rows(out, result * scale, start, count, head, H, rows, ys, Y)
-        state *= tl.exp(tl.load(shift + 2 * Y, mask=ys < Y, other=0.0))[None, :]
+        state *= _exp(tl.load(shift + 2 * Y, mask=ys < Y, other=0.0))[None, :]
         state += _dot(tl.trans(bt), yt, DOT, PRECISION)
-        state *= tl.exp(tl.load(shift + Y, mask=ys < Y, other=0.0))[None, :]
+        state *= _exp(tl.load(shift + Y, mask=ys < Y, other=0.0))[None, :]
         if x_shifts is not None:
-            state *= tl.exp(tl.load(x_shift + X, mask=xs < X, other=0.0))[:, None]
+            state *= _exp(tl.load(x_shift + X, mask=xs < X, other=0.0))[:, None]
     if final is not None:
         tl.store(final + row * X * Y + tile, state, mask=inside)
