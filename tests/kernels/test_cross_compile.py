@@ -44,7 +44,7 @@ STACK_LIMITS = {
     ("fused.attend_one_triton", False): 310,
     ("fused.matvec_launch", True): 0,
     ("fused.matvec_launch", False): 0,
-    ("scan.triton_impl", True): 16,
+    ("scan.triton_impl", True): 24,
     ("scan.triton_impl", False): 16,
     ("window.triton_impl", True): 850,
     ("window.triton_impl", False): 8800,
