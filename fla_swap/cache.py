@@ -106,6 +106,11 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
         raise SwapError("this layer holds a mixer's state, not keys and values; `prepare` allocates it")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.shared:
+            raise SwapError(
+                "keys and values reached a layer that holds a mixer's state: the model keeps its attention and its linear "
+                "layer in one cache layer, and only the linear one was swapped; leave it out (rules), or use no cache"
+            )
         raise SwapError(
             "keys and values reached a layer that holds a mixer's state: this cache was filled by a swapped model "
             "and is now used with another one; start a new cache"
