@@ -108,8 +108,8 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.shared:
             raise SwapError(
-                "keys and values reached a layer that holds a mixer's state: the model keeps its attention and its linear "
-                "layer in one cache layer, and only the linear one was swapped; leave it out (rules), or use no cache"
+                "keys and values reached a layer that holds a mixer's state: the model keeps its attention and its "
+                "linear layer in one cache layer, and only the linear one was swapped: leave it out, or use no cache"
             )
         raise SwapError(
             "keys and values reached a layer that holds a mixer's state: this cache was filled by a swapped model "
