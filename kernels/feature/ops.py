@@ -18,8 +18,9 @@ from torch import Tensor
 from fla_swap.errors import KernelError
 from fla_swap.kernels.common import check_cu_seqlens, check_shape, choose_implementation
 from fla_swap.kernels.feature.maps import feature_count, key_features, query_features
-from fla_swap.kernels.feature.normalised import normalised, normalised_step
+from fla_swap.kernels.feature.normalised import normalised
 from fla_swap.kernels.feature.reference import based_reference, rebased_reference
+from fla_swap.kernels.feature.step import step
 
 FeatureState = tuple[Tensor, Tensor]
 MAX_WIDTH = 16
@@ -199,15 +200,11 @@ def _step(
     *,
     taylor: bool,
 ) -> Tensor:
-    choose_implementation(implementation, q.device)
     check_arguments(q, k, v, state, None, taylor=taylor)
+    if valid is not None:
+        check_shape("valid", valid, tuple(q.shape[:2]))
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        mapped_q = query_features(q.to(dtype), scale=factor, taylor=taylor)
-        mapped_k = key_features(k.to(dtype), taylor=taylor)
-        mapped_k = mapped_k if valid is None else mapped_k * valid[:, :, None, None]
-        return normalised_step(mapped_q, mapped_k, v, state=state, eps=eps, implementation=implementation)
+    return step(q, k, v, state, factor, eps, valid, implementation, taylor=taylor)
 
 
 def check_arguments(

@@ -173,13 +173,13 @@ def pointers(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 
 _KINDS = ((forward_kernel, "forward"), (backward_query_kernel, "query"), (backward_key_kernel, "key"))
 _POINTERS = {"start": "*i64", "stop": "*i64", "valid": "*u8", "ring_valid": "*u8", "count": "*i64"}
-_FP32_POINTERS = ("lse", "lse_grad", "delta", "exact", "dalibi", "sinks", "alibi")
+_FP32_POINTERS = ("lse", "lse_grad", "delta", "exact", "dalibi", "sinks", "alibi", "part", "tops", "totals")
 _INTEGERS = ("Tq", "Tk", "T", "window", "step")
 
 
 def configurations(large: bool = False) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """Every shipped configuration: name, kernel, signature, constants, warps, stages. `large`: see `tiles`."""
-    from fla_swap.kernels.window.triton_step import advance_kernel, decode_kernel
+    from fla_swap.kernels.window.triton_step import combine_kernel, decode_kernel
 
     for dtype, code in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for width in (64, 128, 256):
@@ -195,12 +195,12 @@ def configurations(large: bool = False) -> Iterator[tuple[str, Any, dict[str, st
                         constants["lse_grad"] = None
                     name = f"{kernel.__name__}-{code}-{width}-{'plain' if plain else 'everything'}"
                     yield name, kernel, _signature(kernel, code, constants), constants, warps, stages
-            constants = {**sizes, "W": 1000, "BN": 64}
-            constants |= {name: True for name in decode_kernel.arg_names if name.startswith("HAS_")}
-            signature = _signature(decode_kernel, code, constants)
-            yield f"decode_kernel-{code}-{width}", decode_kernel, signature, constants, 4, 1
-    constants = {"W": 1000, "HAS_VALID": True}
-    yield "advance_kernel", advance_kernel, _signature(advance_kernel, "bf16", constants), constants, 1, 1
+            for kernel in (decode_kernel, combine_kernel):
+                constants = {**sizes, "W": 1000, "PARTS": 16, "BP": 16, "BN": 64}
+                constants |= {name: True for name in kernel.arg_names if name.startswith("HAS_")}
+                constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+                signature = _signature(kernel, code, constants)
+                yield f"{kernel.__name__}-{code}-{width}", kernel, signature, constants, 4, 1
 
 
 def _signature(kernel: Any, code: str, constants: dict[str, Any]) -> dict[str, str]:
