@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fla_swap.errors import KernelError
 from fla_swap.kernels.common import triton_interpreted
@@ -27,8 +28,6 @@ LARGE = {
     **{("query", 64): (64, 64, 4, 3), ("query", 128): (64, 64, 4, 2), ("query", 256): (64, 64, 8, 1)},
     **{("key", 64): (64, 64, 4, 2), ("key", 128): (64, 64, 4, 1), ("key", 256): (64, 64, 8, 1)},
 }
-SHORT_WINDOW = 1024
-"""Up to here one loop masks every tile: a window has few, and three loops would each wait for their first."""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, band: Band) -> tuple[Tensor, Tensor]:
@@ -40,10 +39,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, band: Band) -
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     if o.numel() == 0:
         return o, lse
-    options = {**_launch(q, static_sizes(q, k, v), "forward"), **_flags(band), "ONE_LOOP": _one_loop(band)}
+    options = {**_launch(static_sizes(q, k, v), "forward", k, v), **_flags(band)}
     run(
         forward_kernel, _blocks(queries, options["BM"]) * batch * heads,
-        q, k, v, *pointers(q, sinks, band.alibi, band.valid, band.start), o, lse,
+        q, *_streamed("BN", options, k, v), *pointers(q, sinks, band.alibi, band.valid, band.start), o, lse,
         queries, k.shape[1], band.window or 0, band.scale, band.softcap or 1.0,
         HAS_SINKS=sinks is not None, **options,
     )  # fmt: skip
@@ -73,17 +72,18 @@ def backward(
     sizes = static_sizes(q, k, v)
     alibi, valid, start, stop = pointers(q, band.alibi, band.valid, band.start, band.stop)
     numbers = (queries, k.shape[1], band.window or 0, band.scale, band.softcap or 1.0)
-    options = {**_launch(q, sizes, "query"), **_flags(band), "ONE_LOOP": _one_loop(band)}
+    options = {**_launch(sizes, "query", k, v), **_flags(band)}
     run(
         backward_query_kernel, _blocks(queries, options["BM"]) * batch * heads,
-        q, k, v, o, grad, lse, lse_grad, alibi, valid, start,
+        q, *_streamed("BN", options, k, v), o, grad, lse, lse_grad, alibi, valid, start,
         dq, exact, exact if dalibi is None else dalibi, *numbers, **options
     )  # fmt: skip
     exact = exact if lse_grad is None else exact - lse_grad
-    options = {**_launch(q, sizes, "key"), **_flags(band)}
+    options = {**_launch(sizes, "key", q, grad), **_flags(band)}
+    queries_, grad_ = _streamed("BM", options, q, grad)
     run(
         backward_key_kernel, _blocks(k.shape[1], options["BN"]) * batch * k.shape[2],
-        q, k, v, grad, lse, exact, alibi, valid, start, stop, dk, dv, *numbers, **options
+        queries_, k, v, grad_, lse, exact, alibi, valid, start, stop, dk, dv, *numbers, **options
     )  # fmt: skip
     dsinks = None if sinks is None else sink_gradient(sinks, lse, exact)
     return dq, dk, dv, dsinks, None if dalibi is None else dalibi.sum((0, 2))
@@ -94,7 +94,7 @@ def _blocks(total: int, size: int) -> int:
 
 
 def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
         kernel[(programs,)](*arguments, **options)
 
 
@@ -147,17 +147,33 @@ def _flags(band: Band) -> dict[str, bool]:
     }
 
 
-def _one_loop(band: Band) -> bool:
-    return band.window is not None and band.window <= SHORT_WINDOW
-
-
-def _launch(q: Tensor, static: dict[str, int], kind: str) -> dict[str, Any]:
-    """Tile sizes, warps, stages and the products' precision."""
-    width = max(static["BK"], static["BV"])
-    rows, keys, warps, stages = tiles(q.dtype, width, kind, has_large_memory(q.device))
-    wide = q.dtype == torch.bfloat16 and triton_interpreted()
+def _launch(static: dict[str, int], kind: str, first: Tensor, second: Tensor) -> dict[str, Any]:
+    """Tile sizes, warps, stages, the products' precision, and whether first and second, [B, T, heads, ·], whose tiles
+    the kernel goes through, are loaded by descriptor."""
+    width, large = max(static["BK"], static["BV"]), has_large_memory(first.device)
+    rows, keys, warps, stages = tiles(first.dtype, width, kind, large)
+    wide = first.dtype == torch.bfloat16 and triton_interpreted()
     sizes = {"BM": rows, "BN": keys, "num_warps": warps, "num_stages": stages}
-    return {**static, **sizes, "PRECISION": precision(q.dtype), "WIDE": wide}
+    by_descriptor = large and _describable(first) and _describable(second)
+    return {**static, **sizes, "TMA": by_descriptor, "PRECISION": precision(first.dtype), "WIDE": wide}
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator takes a contiguous x: 16-bit, addresses and strides of whole 16 bytes."""
+    return x.element_size() == 2 and x.shape[-1] % 8 == 0 and x.data_ptr() % 16 == 0 and x.numel() > 0
+
+
+def _streamed(rows: str, options: dict[str, Any], *tensors: Tensor) -> list[Any]:
+    """The tensors, [B, T, heads, ·], or their descriptors for tiles of options[rows] tokens of one head."""
+    if not options["TMA"]:
+        return list(tensors)
+    found = []
+    for x in tensors:
+        _, time, heads, width = x.shape
+        block = [1, options[rows], 1, max(64, 1 << (width - 1).bit_length())]
+        strides = [time * heads * width, heads * width, width, 1]
+        found.append(TensorDescriptor(x, list(x.shape), strides, block))
+    return found
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -190,7 +206,7 @@ def configurations(large: bool = False) -> Iterator[tuple[str, Any, dict[str, st
                     constants: dict[str, Any] = {**sizes, "BM": rows, "BN": keys}
                     constants |= {name: not plain for name in kernel.arg_names if name.startswith("HAS_")}
                     constants |= {"HAS_WINDOW": True, "PRECISION": precision(dtype), "WIDE": False}
-                    constants |= {} if kind == "key" else {"ONE_LOOP": False}
+                    constants["TMA"] = large and code != "fp32"
                     if plain and kernel is backward_query_kernel:
                         constants["lse_grad"] = None
                     name = f"{kernel.__name__}-{code}-{width}-{'plain' if plain else 'everything'}"
@@ -204,6 +220,7 @@ def configurations(large: bool = False) -> Iterator[tuple[str, Any, dict[str, st
 
 
 def _signature(kernel: Any, code: str, constants: dict[str, Any]) -> dict[str, str]:
+    streamed, rows = (("q", "grad"), "BM") if kernel is backward_key_kernel else (("k", "v"), "BN")
     types = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -212,6 +229,9 @@ def _signature(kernel: Any, code: str, constants: dict[str, Any]) -> dict[str, s
             types[name] = "i32"
         elif name in ("scale", "softcap"):
             types[name] = "fp32"
+        elif constants.get("TMA") and name in streamed:
+            width = constants["BK" if name in "qk" else "BV"]
+            types[name] = f"tensordesc<{code}[1,{constants[rows]},1,{width}]>"
         else:
             types[name] = _POINTERS.get(name, "*fp32" if name in _FP32_POINTERS else f"*{code}")
     return types

@@ -32,21 +32,25 @@ def _dot(a, b, PRECISION: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _tile(
-    pointer, b, h, first, count: tl.constexpr, total, T,
-    heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, INSIDE: tl.constexpr,
+    x, b, h, first, count: tl.constexpr, T,
+    heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows first … first + count − 1 of a [B, T, heads, width] tensor as [count, padded], zeros from row `total` on.
+    """Rows first … first + count − 1 of a [B, T, heads, width] tensor as [count, padded], zeros from row T on.
 
-    Only the origin is a 64-bit offset: inside a tile 32 bits suffice. INSIDE: all the rows exist, which saves a mask.
+    TMA: x is a descriptor of the tensor with tiles of this size, else its address. Of an address only the origin is a
+    64-bit offset: inside a tile 32 bits suffice.
     """
-    rows, columns = tl.arange(0, count), tl.arange(0, padded)
-    origin = pointer + ((b.to(tl.int64) * T + first) * heads + h) * width
-    place = origin + (rows[:, None] * (heads * width) + columns[None, :])
-    if width != padded:
-        return tl.load(place, mask=(first + rows < total)[:, None] & (columns < width)[None, :], other=0.0)
-    if INSIDE:
-        return tl.load(place)
-    return tl.load(place, mask=(first + rows < total)[:, None], other=0.0)
+    if TMA:
+        tile = x.load([b, first, h, 0]).reshape(count, padded)
+    else:
+        rows, columns = tl.arange(0, count), tl.arange(0, padded)
+        origin = x + ((b.to(tl.int64) * T + first) * heads + h) * width
+        place = origin + (rows[:, None] * (heads * width) + columns[None, :])
+        inside = (first + rows < T)[:, None]
+        if width != padded:
+            inside = inside & (columns < width)[None, :]
+        tile = tl.load(place, mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -76,6 +80,13 @@ def _place(Tq, BM: tl.constexpr):
 
 
 @triton.jit
+def _place_keys(Tk, BN: tl.constexpr):
+    """As `_place`, over blocks of keys: the first ones first, which have most queries."""
+    line, last_first = _place(Tk, BN)
+    return line, (tl.cdiv(Tk, BN) - 1) * BN - last_first
+
+
+@triton.jit
 def _visible(
     valid, start, b, rows, keys, Tq, Tk, window,
     HAS_WINDOW: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr,
@@ -99,6 +110,22 @@ def _visible(
         first = tl.load(start + rows, mask=rows < Tq, other=Tk)
         seen = seen & (keys >= first)
     return seen
+
+
+@triton.jit
+def _hide(
+    score, inside, valid, start, b, rows, keys, Tq, Tk, window,
+    HAS_WINDOW: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr,
+):  # fmt: skip
+    """−inf for the pairs that do not count. `inside`: all of a tile's pairs do, if there is no `valid`."""
+    if HAS_VALID:
+        seen = _visible(valid, start, b, rows, keys, Tq, Tk, window, HAS_WINDOW, True, HAS_START)
+        score = tl.where(seen, score, float("-inf"))
+    else:
+        if not inside:
+            seen = _visible(valid, start, b, rows, keys, Tq, Tk, window, HAS_WINDOW, False, HAS_START)
+            score = tl.where(seen, score, float("-inf"))
+    return score
 
 
 @triton.jit
@@ -135,53 +162,15 @@ def _key_range(
 
 @triton.jit
 def _free_keys(
-    low, high, first_row, Tq, Tk, window,
-    HAS_WINDOW: tl.constexpr, PLAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    start, first_row, Tq, Tk, window, HAS_WINDOW: tl.constexpr, HAS_START: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """[first, last) in steps of BN: the keys that all of these queries see, so that nothing is masked there.
-
-    Not PLAIN (padding, documents): none. Always low ≤ first ≤ last, and last ≤ high up to a step.
-    """
-    first, last = low, low
-    if PLAIN:
-        last = tl.maximum(low, (first_row + Tk - Tq + 1) // BN * BN)
-        if HAS_WINDOW:
-            first = tl.maximum(low, tl.cdiv(first_row + BM + Tk - Tq - window, BN) * BN)
-            first = tl.minimum(first, last)
-    return first, last
-
-
-@triton.jit
-def _mix(
-    query, k, v, valid, start, top, total, mixed, b, kv_head, rows, low, high, Tq, Tk, window, scale, softcap, slope,
-    HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over the keys [low, high)."""
-    for begin in range(low, high, BN):
-        keys = begin + tl.arange(0, BN)
-        key = _tile(k, b, kv_head, begin, BN, Tk, Tk, HK, K, BK, not MASKED)
-        value = _tile(v, b, kv_head, begin, BN, Tk, Tk, HK, V, BV, not MASKED)
-        score = _dot(query, tl.trans(key), PRECISION, WIDE)
-        factor = scale * LOG2E
-        if HAS_SOFTCAP or HAS_ALIBI:
-            factor = 1.0
-            score, _ = _score(
-                score, rows[:, None], keys[None, :], Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
-            )
-        if MASKED:
-            seen = _visible(
-                valid, start, b, rows[:, None], keys[None, :], Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START
-            )
-            score = tl.where(seen, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1) * factor)
-        weight = tl.exp2(score * factor - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weight, 1)
-        mixed = mixed * shrink[:, None] + _dot(weight.to(value.dtype), value, PRECISION, WIDE)
-        top = new_top
-    return top, total, mixed
+    """The keys [first, last) that all of these queries see, so that nothing is masked there; there may be none."""
+    first = 0
+    if HAS_WINDOW:
+        first = first_row + BM + Tk - Tq - window
+    if HAS_START:
+        first = tl.maximum(first, tl.load(start + tl.minimum(first_row + BM, Tq) - 1).to(tl.int32))
+    return first, first_row + Tk - Tq + 1
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
@@ -190,15 +179,18 @@ def forward_kernel(
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ONE_LOOP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries of one head, the last ones first (they have most keys); the band's edges are masked."""
+    """One program: online softmax of BM queries of one head, the last ones first (they have most keys).
+
+    TMA: k and v are descriptors of tiles of BN tokens.
+    """
     line, first_row = _place(Tq, BM)
     b, h = line // H, line % H
     kv_head = h // (H // HK)
     rows = first_row + tl.arange(0, BM)
-    query = _tile(q, b, h, first_row, BM, Tq, Tq, H, K, BK, False)
+    query = _tile(q, b, h, first_row, BM, Tq, H, K, BK, False)
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(alibi + h).to(tl.float32)
@@ -209,67 +201,33 @@ def forward_kernel(
         total += 1.0
     mixed = tl.zeros((BM, BV), tl.float32)
     low, high = _key_range(start, first_row, Tq, Tk, window, HAS_WINDOW, HAS_START, BM, BN)
-    PLAIN: tl.constexpr = not (HAS_VALID or HAS_START)
-    SINGLE: tl.constexpr = HAS_WINDOW and ONE_LOOP
-    first, last = _free_keys(low, high, first_row, Tq, Tk, window, HAS_WINDOW, PLAIN, BM, BN)
-    if SINGLE:
-        last = low
-    if HAS_WINDOW and PLAIN and not SINGLE:
-        top, total, mixed = _mix(
-            query, k, v, valid, start, top, total, mixed, b, kv_head, rows, low, first,
-            Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
-            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
+    first, last = _free_keys(start, first_row, Tq, Tk, window, HAS_WINDOW, HAS_START, BM)
+    for begin in range(low, high, BN):
+        keys = begin + tl.arange(0, BN)
+        key = _tile(k, b, kv_head, begin, BN, Tk, HK, K, BK, TMA)
+        score = _dot(query, tl.trans(key), PRECISION, WIDE)
+        factor = scale * LOG2E
+        if HAS_SOFTCAP or HAS_ALIBI:
+            factor = 1.0
+            score, _ = _score(
+                score, rows[:, None], keys[None, :], Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
+            )
+        score = _hide(
+            score, (begin >= first) & (begin + BN <= last), valid, start, b, rows[:, None], keys[None, :],
+            Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START,
         )  # fmt: skip
-    if PLAIN and not SINGLE:
-        top, total, mixed = _mix(
-            query, k, v, valid, start, top, total, mixed, b, kv_head, rows, first, last,
-            Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
-            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, False, PRECISION, WIDE,
-        )  # fmt: skip
-    top, total, mixed = _mix(
-        query, k, v, valid, start, top, total, mixed, b, kv_head, rows, last, high, Tq, Tk, window, scale, softcap,
-        slope, HK, K, V, BN, BK, BV, HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
-    )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(score, 1) * factor)
+        weight = tl.exp2(score * factor - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weight, 1)
+        value = _tile(v, b, kv_head, begin, BN, Tk, HK, V, BV, TMA)
+        mixed = mixed * shrink[:, None] + _dot(weight.to(query.dtype), value, PRECISION, WIDE)
+        top = new_top
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)
     _store_tile(o, mixed / safe[:, None], b, h, first_row, BM, Tq, H, V, BV)
     offsets = (b.to(tl.int64) * H + h) * Tq + rows
     tl.store(lse + offsets, tl.where(empty, float("inf"), top * LN2 + tl.log(safe)), mask=rows < Tq)
-
-
-@triton.jit
-def _query_gradient(
-    query, k, v, dout, row_lse, row_delta, valid, start, dquery, dslope, sums,
-    b, kv_head, rows, low, high, Tq, Tk, window, scale, softcap, slope,
-    HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """What the keys [low, high) add to the gradients of these queries."""
-    for begin in range(low, high, BN):
-        keys = begin + tl.arange(0, BN)
-        key = _tile(k, b, kv_head, begin, BN, Tk, Tk, HK, K, BK, not MASKED)
-        value = _tile(v, b, kv_head, begin, BN, Tk, Tk, HK, V, BV, not MASKED)
-        product = _dot(query, tl.trans(key), PRECISION, WIDE)
-        score, squashed = _score(
-            product, rows[:, None], keys[None, :], Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
-        )
-        if MASKED:
-            seen = _visible(
-                valid, start, b, rows[:, None], keys[None, :], Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START
-            )
-            score = tl.where(seen, score, float("-inf"))
-        weight = tl.exp2(score - row_lse[:, None])
-        dweight = _dot(dout, tl.trans(value), PRECISION, WIDE)
-        sums += tl.sum(weight * dweight, 1)
-        dscore = weight * (dweight - row_delta[:, None])
-        if HAS_ALIBI:
-            distance = ((rows + (Tk - Tq))[:, None] - keys[None, :]).to(tl.float32)
-            dslope -= tl.sum(dscore * distance, 1)
-        if HAS_SOFTCAP:
-            dscore = dscore * (1.0 - squashed * squashed)
-        dquery += _dot(dscore.to(key.dtype), key, PRECISION, WIDE)
-    return dquery, dslope, sums
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
@@ -278,23 +236,23 @@ def backward_query_kernel(
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ONE_LOOP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BM queries of one head, and each row's share of its slope's gradient.
 
     The scores' gradients take o · do with o as rounded; `exact` receives the same sum from the weights, for the sinks
-    and the keys.
+    and the keys. TMA: k and v are descriptors of tiles of BN tokens.
     """
     line, first_row = _place(Tq, BM)
     b, h = line // H, line % H
     kv_head = h // (H // HK)
     rows = first_row + tl.arange(0, BM)
     offsets = (b.to(tl.int64) * H + h) * Tq + rows
-    query = _tile(q, b, h, first_row, BM, Tq, Tq, H, K, BK, False)
-    dout = _tile(grad, b, h, first_row, BM, Tq, Tq, H, V, BV, False)
+    query = _tile(q, b, h, first_row, BM, Tq, H, K, BK, False)
+    dout = _tile(grad, b, h, first_row, BM, Tq, H, V, BV, False)
     row_lse = tl.load(lse + offsets, mask=rows < Tq, other=float("inf")) * LOG2E
-    mixed = _tile(o, b, h, first_row, BM, Tq, Tq, H, V, BV, False)
+    mixed = _tile(o, b, h, first_row, BM, Tq, H, V, BV, False)
     row_delta = tl.sum(dout.to(tl.float32) * mixed.to(tl.float32), 1)
     if lse_grad is not None:
         row_delta -= tl.load(lse_grad + offsets, mask=rows < Tq, other=0.0)
@@ -305,67 +263,33 @@ def backward_query_kernel(
     dslope = tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM,), tl.float32)
     low, high = _key_range(start, first_row, Tq, Tk, window, HAS_WINDOW, HAS_START, BM, BN)
-    PLAIN: tl.constexpr = not (HAS_VALID or HAS_START)
-    SINGLE: tl.constexpr = HAS_WINDOW and ONE_LOOP
-    first, last = _free_keys(low, high, first_row, Tq, Tk, window, HAS_WINDOW, PLAIN, BM, BN)
-    if SINGLE:
-        last = low
-    if HAS_WINDOW and PLAIN and not SINGLE:
-        dquery, dslope, sums = _query_gradient(
-            query, k, v, dout, row_lse, row_delta, valid, start, dquery, dslope, sums, b, kv_head, rows, low, first,
-            Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
-            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
+    first, last = _free_keys(start, first_row, Tq, Tk, window, HAS_WINDOW, HAS_START, BM)
+    for begin in range(low, high, BN):
+        keys = begin + tl.arange(0, BN)
+        key = _tile(k, b, kv_head, begin, BN, Tk, HK, K, BK, TMA)
+        value = _tile(v, b, kv_head, begin, BN, Tk, HK, V, BV, TMA)
+        product = _dot(query, tl.trans(key), PRECISION, WIDE)
+        score, squashed = _score(
+            product, rows[:, None], keys[None, :], Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
+        )
+        score = _hide(
+            score, (begin >= first) & (begin + BN <= last), valid, start, b, rows[:, None], keys[None, :],
+            Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START,
         )  # fmt: skip
-    if PLAIN and not SINGLE:
-        dquery, dslope, sums = _query_gradient(
-            query, k, v, dout, row_lse, row_delta, valid, start, dquery, dslope, sums, b, kv_head, rows, first, last,
-            Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
-            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, False, PRECISION, WIDE,
-        )  # fmt: skip
-    dquery, dslope, sums = _query_gradient(
-        query, k, v, dout, row_lse, row_delta, valid, start, dquery, dslope, sums, b, kv_head, rows, last, high,
-        Tq, Tk, window, scale, softcap, slope, HK, K, V, BN, BK, BV,
-        HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION, WIDE,
-    )  # fmt: skip
+        weight = tl.exp2(score - row_lse[:, None])
+        dweight = _dot(dout, tl.trans(value), PRECISION, WIDE)
+        sums += tl.sum(weight * dweight, 1)
+        dscore = weight * (dweight - row_delta[:, None])
+        if HAS_ALIBI:
+            distance = ((rows + (Tk - Tq))[:, None] - keys[None, :]).to(tl.float32)
+            dslope -= tl.sum(dscore * distance, 1)
+        if HAS_SOFTCAP:
+            dscore = dscore * (1.0 - squashed * squashed)
+        dquery += _dot(dscore.to(query.dtype), key, PRECISION, WIDE)
     _store_tile(dq, dquery * scale, b, h, first_row, BM, Tq, H, K, BK)
     tl.store(exact + offsets, sums, mask=rows < Tq)
     if HAS_ALIBI:
         tl.store(dalibi + offsets, dslope, mask=rows < Tq)
-
-
-@triton.jit
-def _key_gradient(
-    q, key, value, grad, lse, delta, valid, start, dkey, dvalue,
-    b, h, keys, low, high, Tq, Tk, window, scale, softcap, slope,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """What the queries [low, high) of head h add to the gradients of these keys and values.
-
-    Scores are [BN, BM] here: as they come out of the first product they go into the next, without a transposition.
-    """
-    for begin in range(low, high, BM):
-        rows = begin + tl.arange(0, BM)
-        offsets = (b.to(tl.int64) * H + h) * Tq + rows
-        query = _tile(q, b, h, begin, BM, Tq, Tq, H, K, BK, False)
-        dout = _tile(grad, b, h, begin, BM, Tq, Tq, H, V, BV, False)
-        row_lse = tl.load(lse + offsets, mask=rows < Tq, other=float("inf")) * LOG2E
-        row_delta = tl.load(delta + offsets, mask=rows < Tq, other=0.0)
-        product = _dot(key, tl.trans(query), PRECISION, WIDE)
-        score, squashed = _score(
-            product, rows[None, :], keys[:, None], Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
-        )
-        seen = _visible(valid, start, b, rows[None, :], keys[:, None], Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START)
-        score = tl.where(seen, score, float("-inf"))
-        weight = tl.exp2(score - row_lse[None, :])
-        dvalue += _dot(weight.to(dout.dtype), dout, PRECISION, WIDE)
-        dweight = _dot(value, tl.trans(dout), PRECISION, WIDE)
-        dscore = weight * (dweight - row_delta[None, :])
-        if HAS_SOFTCAP:
-            dscore = dscore * (1.0 - squashed * squashed)
-        dkey += _dot(dscore.to(query.dtype), query, PRECISION, WIDE)
-    return dkey, dvalue
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "window"])
@@ -374,35 +298,56 @@ def backward_key_kernel(
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_VALID: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BN keys and values of one key/value head, over its G query heads and their band.
 
-    Every tile is masked: loops of their own for the band's inside spill registers, which costs more.
+    Scores are [BN, BM] here: as they come out of the first product they go into the next, without a transposition.
+    TMA: q and grad are descriptors of tiles of BM tokens.
     """
-    blocks = tl.cdiv(Tk, BN)
-    b, kv_head = tl.program_id(0) // blocks // HK, tl.program_id(0) // blocks % HK
-    first_key = tl.program_id(0) % blocks * BN
+    line, first_key = _place_keys(Tk, BN)
+    b, kv_head = line // HK, line % HK
     keys = first_key + tl.arange(0, BN)
-    key = _tile(k, b, kv_head, first_key, BN, Tk, Tk, HK, K, BK, False)
-    value = _tile(v, b, kv_head, first_key, BN, Tk, Tk, HK, V, BV, False)
+    key = _tile(k, b, kv_head, first_key, BN, Tk, HK, K, BK, False)
+    value = _tile(v, b, kv_head, first_key, BN, Tk, HK, V, BV, False)
     dkey = tl.zeros((BN, BK), tl.float32)
     dvalue = tl.zeros((BN, BV), tl.float32)
     low = tl.maximum(0, first_key - (Tk - Tq)) // BM * BM
-    high = Tq
+    high, last = Tq, Tq + BM
     if HAS_WINDOW:
         high = tl.minimum(high, first_key + BN - 1 - (Tk - Tq) + window)
+        last = first_key - (Tk - Tq) + window
     if HAS_START:
         high = tl.minimum(high, tl.load(stop + tl.minimum(first_key + BN, Tk) - 1).to(tl.int32))
+        last = tl.minimum(last, tl.load(stop + first_key).to(tl.int32))
+    first = first_key + BN - 1 - (Tk - Tq)
     for group in range(H // HK):
         h = kv_head * (H // HK) + group
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(alibi + h).to(tl.float32)
-        dkey, dvalue = _key_gradient(
-            q, key, value, grad, lse, delta, valid, start, dkey, dvalue, b, h, keys, low, high,
-            Tq, Tk, window, scale, softcap, slope, H, K, V, BM, BK, BV,
-            HAS_ALIBI, HAS_VALID, HAS_START, HAS_WINDOW, HAS_SOFTCAP, PRECISION, WIDE,
-        )  # fmt: skip
+        head = (b.to(tl.int64) * H + h) * Tq
+        for begin in range(low, high, BM):
+            rows = begin + tl.arange(0, BM)
+            query = _tile(q, b, h, begin, BM, Tq, H, K, BK, TMA)
+            dout = _tile(grad, b, h, begin, BM, Tq, H, V, BV, TMA)
+            row_lse = tl.load(lse + head + rows, mask=rows < Tq, other=float("inf")) * LOG2E
+            row_delta = tl.load(delta + head + rows, mask=rows < Tq, other=0.0)
+            product = _dot(key, tl.trans(query), PRECISION, WIDE)
+            score, squashed = _score(
+                product, rows[None, :], keys[:, None], Tq, Tk, scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI
+            )
+            score = _hide(
+                score, (begin >= first) & (begin + BM <= last), valid, start, b, rows[None, :], keys[:, None],
+                Tq, Tk, window, HAS_WINDOW, HAS_VALID, HAS_START,
+            )  # fmt: skip
+            weight = tl.exp2(score - row_lse[None, :])
+            dvalue += _dot(weight.to(key.dtype), dout, PRECISION, WIDE)
+            dweight = _dot(value, tl.trans(dout), PRECISION, WIDE)
+            dscore = weight * (dweight - row_delta[None, :])
+            if HAS_SOFTCAP:
+                dscore = dscore * (1.0 - squashed * squashed)
+            dkey += _dot(dscore.to(key.dtype), query, PRECISION, WIDE)
     _store_tile(dk, dkey * scale, b, kv_head, first_key, BN, Tk, HK, K, BK)
     _store_tile(dv, dvalue, b, kv_head, first_key, BN, Tk, HK, V, BV)

@@ -71,6 +71,31 @@ def test_bfloat16(implementation):
     both(tensors, window=24, implementation=implementation, bound=0.005, gradient_bound=0.008)
 
 
+@pytest.fixture
+def large_chip(monkeypatch):
+    """Tile sizes of a chip with much shared memory, whose kernels load the tiles they go through by descriptor."""
+    from fla_swap.kernels.window import triton_impl
+
+    monkeypatch.setattr(triton_impl, "has_large_memory", lambda device: True)
+
+
+@pytest.mark.parametrize(
+    "T, widths, options",
+    [
+        (1, (16, 16), {"window": 24}),
+        (300, (72, 40), {"window": 100}),
+        (300, (16, 16), {"window": None, "softcap": 3.0}),
+        (200, (12, 20), {"window": 70}),  # rows of no whole 16 bytes: by address
+        (260, (128, 128), {"window": 129, "cu_seqlens": torch.tensor([0, 5, 150, 150, 256])}),
+        (200, (64, 64), {"window": 90, "valid": torch.arange(200)[None] >= 70}),
+    ],
+)
+def test_tiles_of_a_large_chip(large_chip, T, widths, options):
+    """Tiles inside the band, on its edges, at the ends of documents and of the sequence."""
+    tensors = inputs(T=T, K=widths[0], V=widths[1], extras=("sinks",), dtype=torch.float16)
+    both(tensors, implementation="triton", bound=0.001, gradient_bound=0.001, **options)
+
+
 @pytest.mark.parametrize("implementation, seeds", [("torch", 6), ("triton", 1)])
 def test_sinks_gradient_in_bfloat16(implementation, seeds):
     """A sum over all tokens whose terms nearly cancel: it must not come from the rounded output."""
