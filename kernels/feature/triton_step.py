@@ -18,7 +18,7 @@ from fla_swap.kernels.launching import Configuration, Launch, Recorder, launch_n
 
 NUMBERS = 8192
 """Of the state, held by a program at a time."""
-WARPS = 8
+WARPS = 4
 
 
 @triton.jit

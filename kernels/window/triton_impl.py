@@ -21,12 +21,12 @@ from fla_swap.kernels.window.torch_impl import Band, sink_gradient
 from fla_swap.kernels.window.triton_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
 
 _MAX_WIDTH = 256
-# (BM, BN, warps, stages) by kernel and head width: the fastest on an H200 (bf16, window 512, 2k tokens; width 64 on an
-# H100; of key, 256 the one that also fits sm_100) of those that fit every large chip and spill little.
+# (BM, BN, warps, stages) by kernel and head width: the fastest on an H200 (bf16, window 512, 2k tokens; width 256 not
+# measured since tiles come by descriptor) of those that fit every large chip and spill little.
 LARGE = {
-    **{("forward", 64): (64, 64, 4, 2), ("forward", 128): (64, 64, 4, 3), ("forward", 256): (128, 64, 8, 2)},
-    **{("query", 64): (64, 64, 4, 3), ("query", 128): (64, 64, 4, 2), ("query", 256): (64, 64, 8, 1)},
-    **{("key", 64): (64, 64, 4, 2), ("key", 128): (64, 64, 4, 1), ("key", 256): (64, 64, 8, 1)},
+    **{("forward", 64): (64, 64, 4, 2), ("forward", 128): (64, 64, 4, 2), ("forward", 256): (128, 64, 8, 2)},
+    **{("query", 64): (64, 64, 4, 2), ("query", 128): (64, 64, 4, 2), ("query", 256): (64, 64, 8, 1)},
+    **{("key", 64): (64, 64, 4, 2), ("key", 128): (64, 64, 4, 2), ("key", 256): (64, 64, 8, 1)},
 }
 
 

@@ -18,7 +18,7 @@ from fla_swap.kernels.window.triton_kernels import LOG2E, tanh
 TILE = 64
 """Slots of the ring that a program holds at a time."""
 WARPS = 4
-PROGRAMS = 512
+PROGRAMS = 4096
 MOST_PARTS = 64
 
 
@@ -45,36 +45,37 @@ def decode_kernel(
     new_k = tl.load(k + (token * HK + kv_head) * K + across_k, mask=across_k < K, other=0.0)
     new_v = tl.load(v + (token * HK + kv_head) * V + across_v, mask=across_v < V, other=0.0)
     slot = (tl.load(count + n) % W).to(tl.int32)
-    counts = True
+    row_counts = piece >= 0
     if HAS_VALID:
-        counts = tl.load(valid + token) != 0
-    top = -1.0e30
-    total = 0.0
-    mixed = tl.zeros((BV,), tl.float32)
+        row_counts = tl.load(valid + token) != 0
+    counts = row_counts & (piece == 0)  # the first part has the new token
+    top = tl.sum(query * new_k.to(tl.float32), 0) * scale
+    if HAS_SOFTCAP:
+        top = tanh(top / softcap) * softcap
+    top = tl.where(counts, top * LOG2E, -1.0e30)
+    total = tl.where(counts, 1.0, 0.0)
+    mixed = tl.where(counts, new_v.to(tl.float32), 0.0)
     ring = n * HK + kv_head
     for begin in range(piece * BN, W, PARTS * BN):
         slots = begin + tl.arange(0, BN)
-        is_new = slots == slot
         old = (slots < W) & (slots != slot)
         offsets_k = (ring * W + slots)[:, None] * K + across_k[None, :]
         offsets_v = (ring * W + slots)[:, None] * V + across_v[None, :]
         key = tl.load(ring_k + offsets_k, mask=old[:, None] & (across_k < K)[None, :], other=0.0)
         value = tl.load(ring_v + offsets_v, mask=old[:, None] & (across_v < V)[None, :], other=0.0)
         live = tl.load(ring_valid + n * W + slots, mask=old, other=0) != 0
-        key = tl.where(is_new[:, None], new_k[None, :].to(key.dtype), key).to(tl.float32)
-        value = tl.where(is_new[:, None], new_v[None, :].to(value.dtype), value).to(tl.float32)
-        score = tl.sum(query[None, :] * key, 1) * scale
+        score = tl.sum(query[None, :] * key.to(tl.float32), 1) * scale
         if HAS_SOFTCAP:
             score = tanh(score / softcap) * softcap
         if HAS_ALIBI:
             age = (slot - slots + W) % W
             score -= tl.load(alibi + h).to(tl.float32) * age.to(tl.float32)
-        score = tl.where((live | is_new) & counts, score * LOG2E, float("-inf"))
+        score = tl.where(live & row_counts, score * LOG2E, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 0))
         weight = tl.exp2(score - new_top)
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weight, 0)
-        mixed = mixed * shrink + tl.sum(weight[:, None] * value, 0)
+        mixed = mixed * shrink + tl.sum(weight[:, None] * value.to(tl.float32), 0)
         top = new_top
     place = row.to(tl.int64) * PARTS + piece
     tl.store(part + place * V + across_v, mixed, mask=across_v < V)
