@@ -40,6 +40,8 @@ STACK_LIMITS = {
     ("delta.triton_impl", False): 3300,
     ("feature.triton_impl", True): 400,
     ("feature.triton_impl", False): 2500,
+    ("feature.triton_step", True): 0,
+    ("feature.triton_step", False): 0,
     ("fused.attend_one_triton", True): 310,
     ("fused.attend_one_triton", False): 310,
     ("fused.matvec_launch", True): 0,
