@@ -21,12 +21,19 @@ from fla_swap.kernels.window.torch_impl import Band, sink_gradient
 from fla_swap.kernels.window.triton_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
 
 _MAX_WIDTH = 256
-# (BM, BN, warps, stages) by kernel and head width: the fastest on an H200 (bf16, window 512, 2k tokens; width 256 not
-# measured since tiles come by descriptor) of those that fit every large chip and spill little.
-LARGE = {
-    **{("forward", 64): (64, 64, 4, 2), ("forward", 128): (64, 64, 4, 2), ("forward", 256): (128, 64, 8, 2)},
-    **{("query", 64): (64, 64, 4, 2), ("query", 128): (64, 64, 4, 2), ("query", 256): (64, 64, 8, 1)},
-    **{("key", 64): (64, 64, 4, 2), ("key", 128): (64, 64, 4, 2), ("key", 256): (64, 64, 8, 1)},
+# (BM, BN, warps, stages, registers of a thread: None is the compiler's choice) by kernel and head width: the fastest on
+# an H200 (bf16, window 512, 2k tokens) of those that fit every large chip and spill little. What counts is how many
+# blocks share a multiprocessor: one waits for its tiles while another multiplies.
+LARGE: dict[tuple[str, int], tuple[int, int, int, int, int | None]] = {
+    ("forward", 64): (64, 64, 4, 2, None),
+    ("forward", 128): (64, 64, 4, 1, 128),
+    ("forward", 256): (128, 64, 8, 2, None),
+    ("query", 64): (64, 64, 4, 3, None),
+    ("query", 128): (64, 64, 4, 1, 168),
+    ("query", 256): (64, 64, 8, 1, None),
+    ("key", 64): (64, 64, 4, 2, None),
+    ("key", 128): (64, 64, 4, 1, None),
+    ("key", 256): (64, 64, 8, 1, None),
 }
 
 
@@ -98,18 +105,18 @@ def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         kernel[(programs,)](*arguments, **options)
 
 
-def tiles(dtype: torch.dtype, width: int, kind: str, large: bool) -> tuple[int, int, int, int]:
-    """(BM, BN, warps, stages) of a "forward", "query" or "key" (backward) kernel for a padded head width.
+def tiles(dtype: torch.dtype, width: int, kind: str, large: bool) -> tuple[int, int, int, int, int | None]:
+    """(BM, BN, warps, stages, registers) of a "forward", "query" or "key" (backward) kernel for a padded head width.
 
     `large`: the chip gives a block 200 KiB of shared memory or more (tuned on one of these); otherwise every kernel
     stays under 99 KiB. fp32 products run without tensor cores, whose code grows with the tile; small ones
     keep compilation in seconds.
     """
     if dtype == torch.float32:
-        return (16, 16, 4, 1) if width > 128 else (32, 32, 4, 1)
+        return (16, 16, 4, 1, None) if width > 128 else (32, 32, 4, 1, None)
     if large:
         return LARGE[kind, width]
-    return (32, 32, 4, 1) if width > 128 else (64, 64, 4, 1)
+    return (32, 32, 4, 1, None) if width > 128 else (64, 64, 4, 1, None)
 
 
 @functools.cache
@@ -151,9 +158,10 @@ def _launch(static: dict[str, int], kind: str, first: Tensor, second: Tensor) ->
     """Tile sizes, warps, stages, the products' precision, and whether first and second, [B, T, heads, ·], whose tiles
     the kernel goes through, are loaded by descriptor."""
     width, large = max(static["BK"], static["BV"]), has_large_memory(first.device)
-    rows, keys, warps, stages = tiles(first.dtype, width, kind, large)
+    rows, keys, warps, stages, registers = tiles(first.dtype, width, kind, large)
     wide = first.dtype == torch.bfloat16 and triton_interpreted()
     sizes = {"BM": rows, "BN": keys, "num_warps": warps, "num_stages": stages}
+    sizes |= {} if registers is None else {"maxnreg": registers}
     by_descriptor = large and _describable(first) and _describable(second)
     return {**static, **sizes, "TMA": by_descriptor, "PRECISION": precision(first.dtype), "WIDE": wide}
 
@@ -193,15 +201,17 @@ _FP32_POINTERS = ("lse", "lse_grad", "delta", "exact", "dalibi", "sinks", "alibi
 _INTEGERS = ("Tq", "Tk", "T", "window", "step")
 
 
-def configurations(large: bool = False) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Every shipped configuration: name, kernel, signature, constants, warps, stages. `large`: see `tiles`."""
+def configurations(
+    large: bool = False,
+) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int, int, int | None]]:
+    """Every shipped configuration: name, kernel, signature, constants, warps, stages, registers (see `tiles`)."""
     from fla_swap.kernels.window.triton_step import combine_kernel, decode_kernel
 
     for dtype, code in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for width in (64, 128, 256):
             sizes = _sizes(8, 4, width, width)
             for kernel, kind in _KINDS:
-                rows, keys, warps, stages = tiles(dtype, width, kind, large)
+                rows, keys, warps, stages, registers = tiles(dtype, width, kind, large)
                 for plain in (True, False):
                     constants: dict[str, Any] = {**sizes, "BM": rows, "BN": keys}
                     constants |= {name: not plain for name in kernel.arg_names if name.startswith("HAS_")}
@@ -210,13 +220,13 @@ def configurations(large: bool = False) -> Iterator[tuple[str, Any, dict[str, st
                     if plain and kernel is backward_query_kernel:
                         constants["lse_grad"] = None
                     name = f"{kernel.__name__}-{code}-{width}-{'plain' if plain else 'everything'}"
-                    yield name, kernel, _signature(kernel, code, constants), constants, warps, stages
+                    yield name, kernel, _signature(kernel, code, constants), constants, warps, stages, registers
             for kernel in (decode_kernel, combine_kernel):
                 constants = {**sizes, "W": 1000, "PARTS": 16, "BP": 16, "BN": 64}
                 constants |= {name: True for name in kernel.arg_names if name.startswith("HAS_")}
                 constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
                 signature = _signature(kernel, code, constants)
-                yield f"{kernel.__name__}-{code}-{width}", kernel, signature, constants, 4, 1
+                yield f"{kernel.__name__}-{code}-{width}", kernel, signature, constants, 4, 1, None
 
 
 def _signature(kernel: Any, code: str, constants: dict[str, Any]) -> dict[str, str]:

@@ -67,7 +67,7 @@ limits = json.loads(limits)
 
 
 def demand(configuration):
-    _, _, signature, constexprs, _, _ = configuration
+    signature, constexprs = configuration[2:4]
     narrow = "*bf16" in signature.values()
     given = sum(kind != "constexpr" for kind in signature.values())
     return narrow, given, sum(value for value in constexprs.values() if isinstance(value, int))
@@ -106,7 +106,7 @@ def spilled(compiled):
 
 for target in targets:
     chosen = [configuration for module in modules.split(",") for configuration in selected(module, target)]
-    for module, name, kernel, signature, constexprs, num_warps, num_stages in chosen:
+    for module, name, kernel, signature, constexprs, num_warps, num_stages, *registers in chosen:
         row = {"module": module, "kernel": kernel.fn.__name__, "name": name, "target": target}
         row["narrow"] = "*bf16" in signature.values()
         if target.startswith("gfx"):  # as the kernels' own choice there: AMD multiplies fp32 exactly
@@ -116,6 +116,7 @@ for target in targets:
             aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
             source = triton.compiler.ASTSource(kernel, signature, constexprs, aligned)
             options = {"num_warps": num_warps, "num_stages": num_stages}
+            options |= {"maxnreg": most for most in registers if most is not None}
             compiled = triton.compile(source, target=target_of(target), options=options)
             row |= {"shared": compiled.metadata.shared, "spilled": spilled(compiled)}
         except Exception as error:
