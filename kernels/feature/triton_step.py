@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -104,7 +103,8 @@ def configurations() -> Iterator[Configuration]:
         for width in (64, 128, 256):
             for taylor in (True, False):
                 features = feature_count(16, taylor=taylor)
-                token: Any = [new(2, 1, 4, size, dtype=dtype) for size in (16, 16, width)]
-                state, valid = new(2, 4, features, width), None if taylor else new(2, 1, dtype=torch.bool)
-                step(*token, state, new(2, 4, features), valid, 0.25, 1e-6, taylor, launch=record)
+                q, k, v = (new(2, 1, 4, size, dtype=dtype) for size in (16, 16, width))
+                state, sums = new(2, 4, features, width), new(2, 4, features)
+                valid = None if taylor else new(2, 1, dtype=torch.bool)
+                step(q, k, v, state, sums, valid, 0.25, 1e-6, taylor, launch=record)
     yield from record.found.values()

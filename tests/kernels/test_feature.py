@@ -183,6 +183,27 @@ def test_steps_equal_the_whole_and_update_the_state_in_place(name: str, implemen
 
 @BOTH
 @EITHER
+def test_steps_skip_keys_that_do_not_count(name: str, implementation: str) -> None:
+    """The state afterwards is that of the tokens that count alone."""
+    tensors, state = split({n: x.detach() for n, x in make(name, 5, batch=1).items()})
+    operator, _, step = OPERATORS[name]
+    valid = torch.tensor([[True, False, True, False, True]])
+    own = tuple(x.clone() for x in state)
+    o = step(**tensors, state=own, valid=valid, implementation=implementation)
+    alone = {n: x[valid][None] for n, x in tensors.items()}
+    expected, final = operator(**alone, initial_state=state, output_final_state=True, implementation="torch")
+    assert error(o[valid][None], expected) <= FP32_BAR
+    assert all(error(a, b) <= FP32_BAR for a, b in zip(own, final, strict=True))
+
+
+def test_the_state_of_a_step_must_be_contiguous() -> None:
+    tensors, (state, sums) = split({n: x.detach() for n, x in make("based", 1).items()})
+    with pytest.raises(KernelError, match="contiguous"):
+        based_step(**tensors, state=(state.mT.contiguous().mT, sums), implementation="triton")
+
+
+@BOTH
+@EITHER
 def test_keys_that_do_not_count_are_not_there(name: str, implementation: str, short_segments) -> None:
     """Output and gradients equal those of the tokens that count alone."""
     operator = OPERATORS[name][0]
