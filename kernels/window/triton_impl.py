@@ -27,11 +27,11 @@ _MAX_WIDTH = 256
 LARGE: dict[tuple[str, int], tuple[int, int, int, int, int | None]] = {
     ("forward", 64): (64, 64, 4, 2, None),
     ("forward", 128): (64, 64, 4, 1, 128),
-    ("forward", 256): (128, 64, 8, 2, None),
-    ("query", 64): (64, 64, 4, 3, None),
+    ("forward", 256): (64, 64, 4, 1, None),
+    ("query", 64): (64, 64, 4, 2, 128),
     ("query", 128): (64, 64, 4, 1, 168),
-    ("query", 256): (64, 64, 8, 1, None),
-    ("key", 64): (64, 64, 4, 2, None),
+    ("query", 256): (64, 64, 4, 1, None),
+    ("key", 64): (64, 64, 4, 1, 168),
     ("key", 128): (64, 64, 4, 1, None),
     ("key", 256): (64, 64, 8, 1, None),
 }
