@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from transformers import StaticCache
 
 from fla_swap.decoding import Decoder, allocate, bucket, on_device, with_decode
@@ -73,10 +74,12 @@ def by_layer(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any
 def for_few_tokens(piece: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
     """A piece that a GPU runs on few tokens, rewritten (`few_tokens`); another one as it is."""
     tensors = [v for v in values if isinstance(v, Tensor)]
-    if not all(t.device.type == "cuda" for t in tensors) or not few(tensors) or torch.is_autocast_enabled("cuda"):
+    plain = all(type(t) is FakeTensor and t.device.type == "cuda" for t in tensors)
+    if not plain or not few(tensors) or torch.is_autocast_enabled("cuda"):
         return piece
     lowered = lower(piece)
-    rewrite(lowered.graph)
+    if not rewrite(lowered.graph):
+        return piece
     lowered.recompile()
     return lowered
 
