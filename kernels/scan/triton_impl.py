@@ -59,7 +59,7 @@ class Tile:
 
 HGRN = Tile(steps=16, channels=128, warps=2, stages=3, vector=2)
 SELECTIVE = Tile(steps=8, channels=32, warps=1, stages=3)
-SELECTIVE_BACK = Tile(steps=4, channels=32, warps=1, stages=2, groups=4)
+SELECTIVE_BACK = Tile(steps=4, channels=32, warps=2, stages=2)
 
 
 @dataclass(frozen=True, kw_only=True)
