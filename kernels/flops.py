@@ -62,6 +62,11 @@ def _feature(x: Arguments) -> float:
     return batch * time * heads * decay(features, values, width)
 
 
+def _feature_step(x: Arguments) -> float:
+    width = x["q"].shape[3]
+    return 4 * x["v"].numel() * (width * (width + 1) // 2 + (width + 1) * bool(x["taylor"]))
+
+
 def _window(x: Arguments) -> float:
     batch, time, heads, width = x["q"].shape
     return batch * heads * pairs(time, x["k"].shape[1], x["window"]) * 2 * (width + x["v"].shape[3])
@@ -88,6 +93,15 @@ def _selective_scan(x: Arguments) -> float:
     return 6 * x["x"].numel() * x["A"].shape[1]
 
 
+def _few_linears(x: Arguments) -> float:
+    return 2 * x["x"].numel() * sum(weight.shape[0] for weight in x["weights"])
+
+
+def _attend_one(x: Arguments) -> float:
+    batch, heads = x["q"].shape[:2]
+    return 2 * batch * heads * x["k"].shape[2] * (x["k"].shape[3] + x["v"].shape[3])
+
+
 def _linear_loss(x: Arguments) -> float:
     """Logits of one or two models, and the gradients that were asked for (made in the forward pass)."""
     own = 2 * x["hidden"].numel() * x["weight"].shape[0] * (1 + bool(x["to_hidden"]) + bool(x["to_weight"]))
@@ -110,6 +124,7 @@ FORMULAS: dict[str, Callable[[Arguments], float]] = {
     "gated_delta_rule_step": _delta_step,
     "feature_fwd": _feature,
     "feature_bwd": _times(2, _feature),
+    "feature_step": _feature_step,
     "window_attention_fwd": _window,
     "window_attention_bwd": _times(2.5, _window),
     "window_attention_step": _window_step,
@@ -121,6 +136,8 @@ FORMULAS: dict[str, Callable[[Arguments], float]] = {
     "selective_scan_step": _selective_scan,
     "linear_kl": _linear_loss,
     "linear_cross_entropy": _linear_loss,
+    "few_linears": _few_linears,
+    "attend_one": _attend_one,
 }
 """By the name of the custom operator; what has no products (a softmax over slots) is not counted."""
 
@@ -157,8 +174,8 @@ def _register() -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for name, formula in FORMULAS.items():
-        packet = getattr(torch.ops.fla_swap, name)
-        if packet not in flop_registry:
+        packet = getattr(torch.ops.fla_swap, name, None)  # None: its module is not imported, and registers it then
+        if packet is not None and packet not in flop_registry:
             register_flop_formula(packet, get_raw=True)(_bound(packet, formula))
 
 

@@ -82,7 +82,8 @@ class TestModels:
         model = transformers.MambaForCausalLM(transformers.MambaConfig(**shape))
         ended = convert(save_model(tmp_path / "mamba", model))
         assert ended.status == 1 and not (tmp_path / "out").exists()
-        assert "NoAttentionFound: MambaForCausalLM has no attention" in ended.error
+        assert "NoAttentionFound: MambaForCausalLM: 2 layers that mix tokens, none understood" in ended.error
+        assert "without a softmax" in ended.error
 
     def test_one_without_attention_through_the_library(self):
         model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
@@ -108,7 +109,7 @@ class TestModels:
         monkeypatch.setattr(modeling_llama, "eager_attention_forward", squared)
         model = llama(layers=2, attn_implementation="eager")
         with pytest.raises(
-            NoAttentionFound, match=r"2 attention cores, none understood.*layers\.0\.self_attn"
+            NoAttentionFound, match=r"2 layers that mix tokens, none understood.*layers\.0\.self_attn"
         ) as caught:
             fs.inspect(model)
         misses = caught.value.report.near_misses

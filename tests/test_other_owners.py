@@ -123,7 +123,9 @@ def test_softmax_layers_are_found_and_rebuilding_them_changes_nothing(family: st
     _, _, layers, facts = FAMILIES[family]
     model = model_of(family, implementation)
     report = report_of(family, implementation)
-    assert numbers_of(report.sites) == layers and not report.near_misses
+    # Falcon-H1's state spaces, which are no softmax layers, are not read: a constant stands before their projection.
+    missed = [m for m in report.near_misses if "mixes tokens without a softmax" not in m.reason]
+    assert numbers_of(report.sites) == layers and not missed
     assert all(s.proved and s.kind == "self" for s in report.sites)
     assert {name: getattr(report.sites[0], name) for name in facts} == facts
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))

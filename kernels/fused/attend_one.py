@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fla_swap.errors import KernelError
+from fla_swap.kernels import flops
 from fla_swap.kernels.common import check_shape, choose_implementation
 
 MAX_WIDTH = 256
@@ -69,3 +70,6 @@ def _attend_one_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 @_attend_one_op.register_fake
 def _attend_one_fake(q, k, v, mask, scale, implementation):
     return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+flops.register()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fla_swap.errors import KernelError
+from fla_swap.kernels import flops
 from fla_swap.kernels.common import check_shape, choose_implementation
 
 MAX_MATRICES = 6
@@ -150,3 +151,6 @@ def few_linears_torch(
 def tokens_of(x: Tensor) -> int:
     """M."""
     return math.prod(x.shape[:-1])
+
+
+flops.register()
