@@ -117,7 +117,7 @@ def nothing_found(report: AttentionReport) -> str:
     first = report.near_misses[0]
     count = len(report.near_misses)
     return (
-        f"{report.model}: {count} layers that mix tokens, none understood. The one that got furthest, {first.fqn}, stopped "
-        f"at {first.slot!r}: {first.reason} ({first.source}). All of them are in the error's .report.near_misses; "
-        "a recogniser of your own can be passed as patterns="
+        f"{report.model}: {count} layers that mix tokens, none understood. The one that got furthest, {first.fqn}, "
+        f"stopped at {first.slot!r}: {first.reason} ({first.source}). All of them are in the error's "
+        ".report.near_misses; a recogniser of your own can be passed as patterns="
     )
